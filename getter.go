@@ -1,0 +1,97 @@
+package gcs
+
+import (
+	"context"
+	"io"
+
+	"cloud.google.com/go/storage"
+)
+
+// A SizeReadCloser is a stream of known length.
+type SizeReadCloser interface {
+	io.ReadCloser
+	Size() int64
+}
+
+// Info returns the version's .info file. It makes one request.
+//
+// An object that is not there is KindNotFound. Like [Storage.GoMod] and
+// [Storage.Zip], Info reads an object whether its version is complete or not, as
+// Athens' own backends do: it asks for all that it lacks, and so heals a version
+// that is not. Who needs to know asks [Storage.Exists].
+func (s *Storage) Info(ctx context.Context, module, vers string) ([]byte, error) {
+	return s.read(ctx, "Info", module, vers, extInfo)
+}
+
+// GoMod returns the version's go.mod file, as [Storage.Info] does its .info
+// file. While the version is being saved it is there before the other two, and
+// another save that takes over may replace it with its own.
+func (s *Storage) GoMod(ctx context.Context, module, vers string) ([]byte, error) {
+	return s.read(ctx, "GoMod", module, vers, extMod)
+}
+
+func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byte, error) {
+	v, err := newVersion(module, vers)
+	ctx, c := s.begin(ctx, op, v)
+	if err != nil {
+		return nil, c.end(err)
+	}
+	var data []byte
+	err = attempt(ctx, requestTimeout, func(ctx context.Context) error {
+		r, err := s.open(ctx, v, ext)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		data, err = io.ReadAll(r)
+		return err
+	})
+	if err != nil {
+		data = nil
+	}
+	return data, c.end(err)
+}
+
+// Zip returns a stream of the version's zip, which the caller must close, and
+// whose Size is that of the stored object. It makes one request, and holds none
+// of the zip in memory. When the connection breaks in the middle of it, reading
+// goes on where it was, of the same object. The stream ends with the context.
+//
+// A zip that is not there is KindNotFound.
+func (s *Storage) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
+	v, err := newVersion(module, vers)
+	ctx, c := s.begin(ctx, "Zip", v)
+	if err != nil {
+		return nil, c.end(err)
+	}
+	r, err := s.open(ctx, v, extZip)
+	if err != nil {
+		return nil, c.end(err)
+	}
+	return zipReader{r, ctx, v}, c.end(nil)
+}
+
+func (s *Storage) open(ctx context.Context, v version, ext string) (*storage.Reader, error) {
+	r, err := s.object(v, ext).NewReader(ctx)
+	if isAbsent(err) {
+		return nil, verdict{KindNotFound, err}
+	}
+	return r, needs(err, "storage.objects.get")
+}
+
+// A zipReader makes the errors of a stream those of this package.
+type zipReader struct {
+	*storage.Reader
+	ctx context.Context
+	v   version
+}
+
+func (z zipReader) Size() int64 { return z.Attrs.Size }
+
+func (z zipReader) Read(p []byte) (int, error) {
+	n, err := z.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = fail(z.ctx, "Zip", z.v, err)
+	}
+	return n, err
+}

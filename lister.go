@@ -1,0 +1,100 @@
+package gcs
+
+import (
+	"context"
+	"iter"
+
+	"cloud.google.com/go/storage"
+)
+
+// List returns the complete versions of the module, in the order of their
+// objects' names. It is an empty slice, and not nil, when there are none. Other
+// modules whose paths begin with this one's, such as its own major versions, are
+// not in it.
+//
+// It makes one request for every 1,000 objects, and one more for each unfinished
+// version (see [Storage.Exists]).
+func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
+	ctx, c := s.begin(ctx, "List", version{module: module})
+	if err := checkModule(module); err != nil {
+		return nil, c.end(badRequest("module", err))
+	}
+	list := []string{}
+	for found, err := range s.scan(ctx, module+"/@v/", "", maxPage) {
+		if err == nil {
+			var ok bool
+			if ok, err = s.settle(ctx, found.version, found.snapshot); ok {
+				list = append(list, found.version.version)
+			}
+		}
+		if err != nil {
+			return nil, c.end(err)
+		}
+	}
+	return list, c.end(nil)
+}
+
+// A found is a version whose three objects a scan has met.
+type found struct {
+	version
+	snapshot
+	// rest is where a scan has to start that finds all versions after this one.
+	rest string
+}
+
+// scan lists the objects below a prefix, from the name start on, and yields the
+// versions that have all three, in the order of the names of their .zip objects,
+// which are the last of each. It holds one page of the listing.
+func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) iter.Seq2[found, error] {
+	return func(yield func(found, error) bool) {
+		q := listQuery(prefix)
+		q.StartOffset = start
+		// The objects of two versions interleave where one's name goes on
+		// where the other's has its ending, such as v1 and v1.j.
+		open := map[version]*snapshot{}
+		for token := ""; ; {
+			page, next, err := s.page(ctx, q, token, pageSize)
+			if err != nil {
+				yield(found{}, err)
+				return
+			}
+			for _, attrs := range page {
+				v, ext, ok := parseObject(attrs.Name)
+				if !ok || attrs.Name < start {
+					continue
+				}
+				seen := open[v]
+				if seen == nil {
+					seen = new(snapshot)
+					open[v] = seen
+				}
+				*seen.slot(ext) = attrs
+				rest := forget(open, attrs.Name)
+				if ext == extZip && seen.info != nil && seen.mod != nil && !yield(found{v, *seen, rest}, nil) {
+					return
+				}
+			}
+			if token = next; token == "" {
+				return
+			}
+		}
+	}
+}
+
+// forget drops the versions whose .zip does not come after that name, and
+// returns the first name of what is left, or else the name itself.
+func forget(open map[version]*snapshot, name string) string {
+	first := name
+	for v, seen := range open {
+		if v.object(extZip) <= name {
+			delete(open, v)
+			continue
+		}
+		for _, attrs := range []*storage.ObjectAttrs{seen.info, seen.mod} {
+			if attrs != nil {
+				first = min(first, attrs.Name)
+			}
+		}
+	}
+	return first
+}

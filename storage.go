@@ -1,0 +1,235 @@
+package gcs
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"google.golang.org/api/iterator"
+)
+
+// DefaultStaleThreshold is how long a marker is believed after its last renewal.
+const DefaultStaleThreshold = 2 * time.Minute
+
+const (
+	// defaultChunkSize is the client's own default, 16 MiB: a round trip each
+	// time that many bytes of a large zip are sent.
+	defaultChunkSize = 16 << 20
+	// maxWhole is the largest zip that is held in memory as a whole, which
+	// spares it the chunk and allows it to be sent twice.
+	maxWhole = 1 << 20
+	// maxPage is the most objects that GCS lists in one request.
+	maxPage = 1000
+	// requestTimeout is how long a request may go without an answer before it
+	// is sent again. It can be: every change is conditional, so that the
+	// second of two that both arrive is refused.
+	requestTimeout = 5 * time.Second
+)
+
+// Storage keeps the versions of Go modules in a Cloud Storage bucket.
+//
+// It is safe for concurrent use, by any number of goroutines, processes and
+// machines at once. The zero value is not usable; see [NewStorage] and [Open].
+//
+// All names are as the go command writes them in go.mod files, not escaped:
+// github.com/Masterminds/semver, not github.com/!masterminds/semver.
+//
+// # Errors
+//
+// Every error is an [*Error]: [Kind] tells what to do about it, and its Err is
+// the cause. A module or version that no object name can be made of is
+// KindBadRequest, before any request; an ended context is reachable with
+// errors.Is, with KindGatewayTimeout if its deadline passed and KindUnexpected
+// if it was cancelled; a rate limit that outlived the retries is KindRateLimit;
+// a refused permission is KindUnexpected, and its message names the permission
+// and a role that holds it.
+//
+// # Permissions
+//
+// On the bucket: storage.objects.create, .delete (to replace leftovers), .get,
+// .list and .update (to clear the marker), all of which roles/storage.objectUser
+// holds. Reading alone needs .get and .list.
+type Storage struct {
+	bucket    *storage.BucketHandle
+	client    *storage.Client // made by Open, nil otherwise
+	chunkSize int
+	log       *slog.Logger
+	threshold atomic.Int64     // stale threshold, a time.Duration
+	now       func() time.Time // what markers are written and judged by
+	telemetry telemetry
+	noClaims  atomic.Bool // the bucket does not permit claims; see SingleFlight
+}
+
+// An Option changes what [NewStorage] returns.
+type Option func(*Storage)
+
+// WithStaleThreshold sets how long after its last renewal a marker is believed,
+// as [Storage.SetStaleThreshold] does. The default is [DefaultStaleThreshold].
+func WithStaleThreshold(d time.Duration) Option {
+	return func(s *Storage) { s.SetStaleThreshold(d) }
+}
+
+// WithLogger sends what an operator may want to know to l: at level info when a
+// version that a crash or a failed upload had left behind is healed, at level
+// warn when a marker could not be given up or a save was fenced. A nil l is
+// silent, as is a Storage without this option.
+func WithLogger(l *slog.Logger) Option {
+	return func(s *Storage) {
+		if l != nil {
+			s.log = l
+		}
+	}
+}
+
+// WithChunkSize sets how many bytes of a zip larger than 1 MiB are sent with
+// one request, which is the memory that its upload holds; GCS wants multiples of
+// 256 KiB, and it is rounded up to one. The default, also for bytes that are not
+// positive, is 16 MiB. A zip larger than bytes, but not than 1 MiB, is sent in
+// chunks too.
+func WithChunkSize(bytes int) Option {
+	return func(s *Storage) {
+		if bytes > 0 {
+			s.chunkSize = bytes
+		}
+	}
+}
+
+// NewStorage returns a Storage on the bucket, which must exist. It makes no
+// request. The bucket's client, over HTTP or gRPC, remains the caller's to close.
+//
+// Requests are retried as the client does by default, and also when a
+// connection closes without an answer (which the client leaves alone for fear
+// of doing things twice; here, every change is conditional on what it replaces).
+// Back-off and limits that were set with [storage.BucketHandle.Retryer] stay, an
+// error function does not.
+func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
+	s := &Storage{
+		bucket:    bucket.Retryer(storage.WithErrorFunc(isTransient)),
+		chunkSize: defaultChunkSize,
+		log:       slog.New(slog.DiscardHandler),
+		now:       time.Now,
+		telemetry: newTelemetry(),
+	}
+	s.SetStaleThreshold(DefaultStaleThreshold)
+	for _, opt := range opts {
+		opt(s)
+	}
+	return s
+}
+
+// SetStaleThreshold sets how long after its last renewal a marker is believed:
+// when a saver has crashed, the next one proceeds after that time. A saver
+// renews its marker four times in the threshold, and GCS takes one update of an
+// object's metadata a second, so a threshold under four seconds makes live savers
+// look dead. That, or machines that disagree about it, wastes uploads and harms
+// nothing. A d that is not positive sets [DefaultStaleThreshold].
+//
+// It is safe for concurrent use; calls that have begun may use either value.
+func (s *Storage) SetStaleThreshold(d time.Duration) {
+	if d <= 0 {
+		d = DefaultStaleThreshold
+	}
+	s.threshold.Store(int64(d))
+}
+
+func (s *Storage) staleThreshold() time.Duration { return time.Duration(s.threshold.Load()) }
+
+// Close closes the client if [Open] made it, and does nothing otherwise. It must
+// not be called while other calls are under way.
+func (s *Storage) Close() error {
+	if s.client == nil {
+		return nil
+	}
+	return s.client.Close()
+}
+
+func (s *Storage) object(v version, ext string) *storage.ObjectHandle {
+	return s.bucket.Object(v.object(ext))
+}
+
+// attempt makes a request, and makes it again whenever it was not answered
+// within the timeout, which grows, until the context ends.
+func attempt(ctx context.Context, timeout time.Duration, request func(context.Context) error) error {
+	for {
+		tryCtx, cancel := context.WithTimeout(ctx, timeout)
+		err := request(tryCtx)
+		hung := tryCtx.Err() != nil && ctx.Err() == nil
+		cancel()
+		if err == nil || !hung {
+			return err
+		}
+		timeout *= 2
+	}
+}
+
+// update replaces or, if it is empty, clears an object's metadata, if cond
+// holds, and stores the new metageneration.
+func (s *Storage) update(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string, metagen *int64) error {
+	return attempt(ctx, requestTimeout, func(ctx context.Context) error {
+		attrs, err := s.object(v, ext).If(cond).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
+		if err != nil {
+			return needs(err, "storage.objects.update")
+		}
+		*metagen = attrs.Metageneration
+		return nil
+	})
+}
+
+func (s *Storage) attrs(ctx context.Context, v version, ext string) (attrs *storage.ObjectAttrs, err error) {
+	err = attempt(ctx, requestTimeout, func(ctx context.Context) error {
+		attrs, err = s.object(v, ext).Attrs(ctx)
+		return needs(err, "storage.objects.get")
+	})
+	return attrs, err
+}
+
+// look takes a snapshot of the version, with one request.
+func (s *Storage) look(ctx context.Context, v version) (snapshot, error) {
+	// The names sort .info, .mod, .zip. The offsets keep out v1.0.0.info when
+	// the version is v1; a server that ignores them only makes this slower.
+	q := listQuery(v.object(""))
+	q.StartOffset, q.EndOffset = v.object(extInfo), v.object(extZip)+"\x00"
+	var seen snapshot
+	for pages, token := 1, ""; ; pages++ {
+		page, next, err := s.page(ctx, q, token, maxPage)
+		if err != nil {
+			return snapshot{}, err
+		}
+		for _, attrs := range page {
+			if w, ext, ok := parseObject(attrs.Name); ok && w == v {
+				*seen.slot(ext) = attrs
+			}
+		}
+		if token = next; token != "" {
+			continue
+		}
+		if pages > 1 && seen.mod != nil {
+			// One page is a snapshot, several are not. What was there before
+			// the .mod is seen to be somebody's is not of his successor.
+			seen.mod, err = s.attrs(ctx, v, extMod)
+		}
+		return seen, err
+	}
+}
+
+// listQuery asks for the objects below a prefix with the attributes that decide
+// a version's state, and not for access lists, which are most of what a list
+// sends by default.
+func listQuery(prefix string) *storage.Query {
+	q := &storage.Query{Prefix: prefix, Projection: storage.ProjectionNoACL}
+	q.SetAttrSelection([]string{"Name", "Size", "Generation", "Metageneration", "Metadata", "Created", "Updated"})
+	return q
+}
+
+// page returns the listing's page of that token, and the token of the next.
+func (s *Storage) page(ctx context.Context, q *storage.Query, token string, size int) (page []*storage.ObjectAttrs, next string, err error) {
+	err = attempt(ctx, requestTimeout, func(ctx context.Context) error {
+		page = page[:0]
+		pager := iterator.NewPager(s.bucket.Objects(ctx, q), size, token)
+		next, err = pager.NextPage(&page)
+		return needs(err, "storage.objects.list")
+	})
+	return page, next, err
+}

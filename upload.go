@@ -1,0 +1,139 @@
+package gcs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"time"
+
+	"cloud.google.com/go/storage"
+)
+
+var contentTypes = map[string]string{
+	extInfo: "application/json",
+	extMod:  "text/plain; charset=utf-8",
+	extZip:  "application/zip",
+	extLock: "text/plain; charset=utf-8",
+}
+
+// slowLine is how many bytes a second an upload is expected to make at least,
+// before it counts as hung.
+const slowLine = 64 << 10
+
+func uploadTimeout(size int64) time.Duration {
+	return 2*requestTimeout + time.Duration(size/slowLine)*time.Second
+}
+
+// onlyOver is the condition that what is live under a name is still old, or
+// still nothing if old is nil.
+func onlyOver(old *storage.ObjectAttrs) storage.Conditions {
+	if old == nil {
+		return storage.Conditions{DoesNotExist: true}
+	}
+	return storage.Conditions{GenerationMatch: old.Generation}
+}
+
+// send stores what a loaded source holds, if cond holds.
+func (s *Storage) send(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string, z *source) error {
+	if !z.whole {
+		return s.stream(ctx, v, cond, metadata, z)
+	}
+	_, err := s.put(ctx, v, ext, cond, metadata, z.head)
+	return err
+}
+
+// put stores an object that is in memory, in one request, if cond holds, and
+// again until it is answered. An error that isRefused can mean that an earlier
+// try was applied.
+//
+// The client's own retries need a buffer for each upload, of 256 KiB for a
+// go.mod of 100 bytes. Here the bytes are at hand.
+func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string, body [][]byte) (attrs *storage.ObjectAttrs, err error) {
+	sum, size := uint32(0), int64(0)
+	for _, b := range body {
+		sum = crc32.Update(sum, crc32c, b)
+		size += int64(len(b))
+	}
+	once := func(ctx context.Context) error {
+		w := s.writer(ctx, v, ext, cond, metadata)
+		w.ChunkSize = 0
+		w.CRC32C, w.SendCRC32C = sum, true // sent ahead, so that GCS refuses what arrives cut short
+		var writeErr error
+		for _, b := range body {
+			if _, writeErr = w.Write(b); writeErr != nil {
+				break // the request has failed; Close tells why
+			}
+		}
+		if err := w.Close(); err != nil {
+			return err
+		}
+		attrs = w.Attrs()
+		return writeErr
+	}
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 30*time.Second) {
+		err := attempt(ctx, uploadTimeout(size), once)
+		if err == nil || !isTransient(err) || ctx.Err() != nil {
+			return attrs, writeNeeds(err, cond)
+		}
+		if sleepErr := sleep(ctx, rand.N(pause)); sleepErr != nil {
+			return nil, fmt.Errorf("%w: %w", sleepErr, err)
+		}
+	}
+}
+
+var crc32c = crc32.MakeTable(crc32.Castagnoli)
+
+func (s *Storage) writer(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string) *storage.Writer {
+	w := s.object(v, ext).If(cond).NewWriter(ctx)
+	w.ContentType = contentTypes[ext]
+	w.Metadata = metadata
+	return w
+}
+
+func writeNeeds(err error, cond storage.Conditions) error {
+	if cond.DoesNotExist {
+		return needs(err, "storage.objects.create")
+	}
+	return needs(err, "storage.objects.create and storage.objects.delete")
+}
+
+// stream stores a zip that is not in memory, in chunks, if cond holds. When
+// reading it fails, the upload is abandoned and nothing is stored.
+func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions, metadata map[string]string, z *source) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	w := s.writer(ctx, v, extZip, cond, metadata)
+	w.ChunkSize = s.chunkSize
+	w.ChunkTransferTimeout = uploadTimeout(int64(s.chunkSize))
+	w.ChunkRetryDeadline = 4 * w.ChunkTransferTimeout
+
+	// The client sends a chunk again that hangs, but waits without end for the
+	// start of the upload. The zip's own reader may take its time.
+	patience := 2 * w.ChunkRetryDeadline
+	hung := time.AfterFunc(patience, func() { cancel(errHung) })
+	defer hung.Stop()
+	err := z.copyTo(func(p []byte) error {
+		hung.Reset(patience)
+		_, err := w.Write(p)
+		hung.Stop()
+		return err
+	})
+	if err != nil {
+		cancel(err) // closing alone would publish what was sent so far
+	}
+	hung.Reset(patience)
+	if closeErr := w.Close(); err == nil {
+		err = closeErr
+	}
+	switch {
+	case z.err != nil:
+		return z.err
+	case errors.Is(context.Cause(ctx), errHung):
+		return errHung
+	}
+	return writeNeeds(err, cond)
+}
+
+var errHung = errors.New("the upload made no progress")
