@@ -99,11 +99,10 @@ func WithChunkSize(bytes int) Option {
 // NewStorage returns a Storage on the bucket, which must exist. It makes no
 // request. The bucket's client, over HTTP or gRPC, remains the caller's to close.
 //
-// Requests are retried as the client does by default, and also when a
-// connection closes without an answer (which the client leaves alone for fear
-// of doing things twice; here, every change is conditional on what it replaces).
-// Back-off and limits that were set with [storage.BucketHandle.Retryer] stay, an
-// error function does not.
+// Requests are retried until their context ends, as the client does by default,
+// and in a few cases more, in which it cannot know that here every change is
+// conditional on what it replaces. Back-off and limits that were set with
+// [storage.BucketHandle.Retryer] stay, an error function does not.
 func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 	s := &Storage{
 		bucket:    bucket.Retryer(storage.WithErrorFunc(isTransient)),

@@ -1,0 +1,685 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+)
+
+// What most tests save.
+const (
+	testModule  = "example.com/mod"
+	testVersion = "v1.0.0"
+)
+
+// content is what one save stores; every byte of it tells whose it is.
+type content struct{ mod, zip, info []byte }
+
+func contentOf(who string, zipSize int) content {
+	zip := bytes.Repeat([]byte("zip of "+who+"\n"), zipSize/8+1)
+	return content{[]byte("module " + who), zip[:zipSize], []byte(`{"Version":"` + who + `"}`)}
+}
+
+func (c content) save(ctx context.Context, s *Storage) error {
+	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
+}
+
+func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error {
+	sum := md5.Sum(c.zip)
+	return s.Save(ctx, testModule, testVersion, c.mod, zip, sum[:], c.info)
+}
+
+// plain hides all methods of a reader but Read.
+func plain(r io.Reader) io.Reader { return struct{ io.Reader }{r} }
+
+func objectName(ext string) string {
+	return version{testModule, testVersion}.object(ext)
+}
+
+// requireStored checks that the version is complete and of that content only.
+func requireStored(t *testing.T, f *fakeGCS, c content) {
+	t.Helper()
+	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
+		o := f.get(objectName(ext))
+		require.NotNil(t, o, ext)
+		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", ext, o.Data, want)
+	}
+	require.Empty(t, f.get(objectName(extMod)).Metadata)
+}
+
+func requireKind(t *testing.T, err error, kind int) {
+	t.Helper()
+	require.Error(t, err)
+	require.Equal(t, kind, Kind(err), "%v", err)
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	require.Equal(t, testModule, e.Module)
+	require.Equal(t, testVersion, e.Version)
+}
+
+// inBubble runs a test on a fake with a round trip of 20 ms of virtual time, and
+// without a change of any object within a second of its last.
+func inBubble(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		test(t, f)
+		require.Empty(t, f.rateViolations())
+	})
+}
+
+// inCrowd is inBubble for a test in which several change an object at once.
+func inCrowd(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeGCS(t)
+		f.setLatency(20 * time.Millisecond)
+		test(t, f)
+	})
+}
+
+func TestSaveNew(t *testing.T) {
+	for _, size := range []int{0, 1, 100, blockSize, maxWhole, maxWhole + 1, 3 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				a := contentOf("a", size)
+				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), plain(bytes.NewReader(a.zip))))
+				requireStored(t, f, a)
+				require.Len(t, f.log(), 5)
+				require.Equal(t, 3, serialTrips(f.log()))
+				require.NotEmpty(t, f.get(objectName(extZip)).Metadata[keySaveID])
+				require.Equal(t, "application/zip", f.get(objectName(extZip)).ContentType)
+			})
+		})
+	}
+}
+
+func TestSaveComplete(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		s := NewStorage(f.machine("a").bucket)
+		require.NoError(t, a.save(t.Context(), s))
+		f.resetLog()
+		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
+		require.LessOrEqual(t, len(f.log()), 3)
+		require.LessOrEqual(t, serialTrips(f.log()), 2)
+		requireStored(t, f, a)
+	})
+}
+
+// The version becomes complete between the listing and the create that go out
+// together: the listing is not believed, then.
+func TestSaveCompleteAtThatMoment(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		first := true
+		f.onRequest(func(r *request) faultKind {
+			if r.Machine == "b" && r.Op == "insert" && first {
+				first = false
+				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+			}
+			return noFault
+		})
+		requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		count := 0
+		for _, r := range f.log() {
+			if r.Machine == "b" {
+				count++
+			}
+		}
+		require.LessOrEqual(t, count, 3)
+		requireStored(t, f, a)
+	})
+}
+
+// Whatever is left of a version, a save replaces it or waits for it.
+func TestSaveOverLeftovers(t *testing.T) {
+	old := contentOf("old", 100)
+	now := func() time.Time { return time.Now() }
+	markers := map[string]func() map[string]string{
+		"no marker": func() map[string]string { return nil },
+		"fresh":     func() map[string]string { return marked(now(), "other") },
+		"stale":     func() map[string]string { return marked(now().Add(-3*time.Minute), "other") },
+		"given up":  func() map[string]string { return marked(givenUp, "other") },
+		"garbage":   func() map[string]string { return map[string]string{keyInProgress: "soon", keySaveID: "other"} },
+		"2099": func() map[string]string {
+			return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "other")
+		},
+		"of old Athens": func() map[string]string { return map[string]string{keyInProgressOld: "true"} },
+	}
+	waits := map[string]bool{"fresh": true, "garbage": true, "2099": true, "of old Athens": true}
+	for subset := range 8 {
+		for name, marker := range markers {
+			if subset&1 == 0 && name != "no marker" {
+				continue
+			}
+			t.Run(fmt.Sprintf("%03b %s", subset, name), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					if subset&1 != 0 {
+						f.put(objectName(extMod), old.mod, marker())
+					}
+					if subset&2 != 0 {
+						f.put(objectName(extInfo), old.info, nil)
+					}
+					if subset&4 != 0 {
+						f.put(objectName(extZip), old.zip, nil)
+					}
+					time.Sleep(2 * time.Second) // or the fake counts a second write within one
+					a := contentOf("a", 100)
+					start := time.Now()
+					err := a.save(t.Context(), NewStorage(f.machine("a").bucket))
+					if took := time.Since(start); waits[name] {
+						require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
+						require.Less(t, took, DefaultStaleThreshold+3*time.Second)
+					} else {
+						require.Less(t, took, time.Second)
+					}
+					// Of old Athens' saves it is not known whose objects are whose.
+					if subset == 7 && (name == "no marker" || name == "of old Athens") {
+						requireKind(t, err, KindAlreadyExists)
+						requireStored(t, f, old)
+						return
+					}
+					require.NoError(t, err)
+					requireStored(t, f, a)
+				})
+			})
+		}
+	}
+}
+
+func TestSaveFinishesAnother(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		m := f.machine("a")
+		f.onRequest(func(r *request) faultKind {
+			if r.Machine == "a" && r.Op == "patch" {
+				return crashBefore
+			}
+			return noFault
+		})
+		go a.save(t.Context(), NewStorage(m.bucket)) // until the test's context ends
+		time.Sleep(50 * time.Millisecond)
+		start := time.Now()
+		requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		require.InDelta(t, DefaultStaleThreshold.Seconds(), time.Since(start).Seconds(), 3)
+		requireStored(t, f, a)
+	})
+}
+
+// A loser is told that the version exists when all of it does, and soon then.
+func TestSaveWaits(t *testing.T) {
+	for _, takes := range []time.Duration{100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 10 * time.Minute} {
+		t.Run(takes.String(), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				a, b := contentOf("a", 100), contentOf("b", 100)
+				var done time.Time
+				var group sync.WaitGroup
+				group.Go(func() {
+					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(a.zip))
+					require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+					done = time.Now()
+				})
+				time.Sleep(50 * time.Millisecond)
+				start := time.Now()
+				requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+				group.Wait()
+				requireStored(t, f, a)
+				waited, late := done.Sub(start), time.Since(done)
+				require.LessOrEqual(t, late, 2*time.Second+40*time.Millisecond)
+				if takes >= 20*time.Second {
+					require.LessOrEqual(t, late, waited/10+40*time.Millisecond)
+					requests := 0
+					for _, r := range f.log() {
+						if r.Machine == "b" {
+							requests++
+						}
+					}
+					require.Less(t, requests, int(waited.Seconds()))
+				}
+			})
+		})
+	}
+}
+
+// sleepReader is empty, and takes its time to say so.
+type sleepReader time.Duration
+
+func (d sleepReader) Read([]byte) (int, error) {
+	time.Sleep(time.Duration(d))
+	return 0, io.EOF
+}
+
+// A saver that fails lets those who wait know; they need not wait until its
+// marker is stale.
+func TestSaveTakesOverFromFailed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(10*time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
+			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip), KindUnexpected)
+		})
+		time.Sleep(50 * time.Millisecond)
+		start := time.Now()
+		require.NoError(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)))
+		require.Less(t, time.Since(start), 13*time.Second)
+		group.Wait()
+		requireStored(t, f, b)
+	})
+}
+
+// A zip that takes longer than the stale threshold is not taken over, because
+// its marker is renewed; after it, the commit waits until it may.
+func TestSaveSlowZip(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		f.enforceRates(true)
+		a := contentOf("a", 100)
+		// The last renewal is under way when the zip is done.
+		zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(a.zip))
+		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+		requireStored(t, f, a)
+		patches := 0
+		for _, r := range f.log() {
+			require.NotEqual(t, 429, r.Status)
+			if r.Op == "patch" {
+				patches++
+			}
+		}
+		require.InDelta(t, 10*60/30+1, patches, 1)
+	})
+}
+
+// Of savers that start together, one stores the version, and all can read it.
+func TestSaveContention(t *testing.T) {
+	for _, n := range []int{2, 3, 10} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				winner := make(chan content, n)
+				var group sync.WaitGroup
+				for i := range n {
+					c := contentOf(fmt.Sprint(i), 100*i)
+					s := NewStorage(f.machine(fmt.Sprint(i)).bucket)
+					group.Go(func() {
+						err := c.save(t.Context(), s)
+						if err == nil {
+							winner <- c
+						} else {
+							requireKind(t, err, KindAlreadyExists)
+						}
+						ok, err := s.Exists(t.Context(), testModule, testVersion)
+						require.NoError(t, err)
+						require.True(t, ok)
+					})
+				}
+				group.Wait()
+				require.Len(t, winner, 1)
+				requireStored(t, f, <-winner)
+			})
+		})
+	}
+}
+
+// Machines whose clocks or thresholds let each think the other dead take the
+// version from each other, but not for ever.
+func TestSaveMutuallyStale(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		winners := make(chan content, 3)
+		var group sync.WaitGroup
+		for i, skew := range []time.Duration{time.Hour, -time.Hour, 0} {
+			c := contentOf(fmt.Sprint(i), 100)
+			s := NewStorage(f.machine(fmt.Sprint(i)).bucket)
+			s.now = func() time.Time { return time.Now().Add(skew) }
+			group.Go(func() {
+				time.Sleep(time.Duration(i) * 10 * time.Millisecond)
+				zip := &slowSeeker{bytes.NewReader(c.zip)}
+				if err := c.saveFrom(t.Context(), s, zip); err == nil {
+					winners <- c
+				} else {
+					requireKind(t, err, KindAlreadyExists)
+				}
+			})
+		}
+		group.Wait()
+		require.Len(t, winners, 1)
+		requireStored(t, f, <-winners)
+	})
+}
+
+type slowSeeker struct{ *bytes.Reader }
+
+func (s *slowSeeker) Read(p []byte) (int, error) {
+	time.Sleep(time.Second)
+	return s.Reader.Read(p)
+}
+
+// A reader that fails, wherever: its error is reachable, nothing of the zip is
+// stored, and the next save need not wait.
+func TestSaveReaderFails(t *testing.T) {
+	broken := errors.New("broken")
+	for _, size := range []int{0, 1, 1000, maxWhole, maxWhole + 1, 17 << 20} {
+		for _, err := range []error{broken, io.ErrUnexpectedEOF, context.DeadlineExceeded} {
+			t.Run(fmt.Sprintf("%v after %d", err, size), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					a, b := contentOf("a", size), contentOf("b", 100)
+					s := NewStorage(f.machine("a").bucket)
+					got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
+					requireKind(t, got, KindUnexpected)
+					require.ErrorIs(t, got, err)
+					require.Nil(t, f.get(objectName(extZip)))
+					require.True(t, isGivenUpIn(f))
+					time.Sleep(time.Second)
+					start := time.Now()
+					require.NoError(t, b.save(t.Context(), s))
+					require.Less(t, time.Since(start), time.Second)
+					requireStored(t, f, b)
+				})
+			})
+		}
+	}
+}
+
+func isGivenUpIn(f *fakeGCS) bool {
+	o := f.get(objectName(extMod))
+	return o != nil && isGivenUp(&storage.ObjectAttrs{Metadata: o.Metadata})
+}
+
+func TestSaveMD5(t *testing.T) {
+	for _, size := range []int{100, 2 << 20} {
+		for _, test := range []struct {
+			name string
+			sum  func(zip []byte) []byte
+			ok   bool
+		}{
+			{"right", func(zip []byte) []byte { s := md5.Sum(zip); return s[:] }, true},
+			{"wrong", func(zip []byte) []byte { return make([]byte, md5.Size) }, false},
+			{"nil", func(zip []byte) []byte { return nil }, true},
+			{"19 bytes", func(zip []byte) []byte { return make([]byte, 19) }, true},
+		} {
+			t.Run(fmt.Sprintf("%s of %d", test.name, size), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					a := contentOf("a", size)
+					s := NewStorage(f.machine("a").bucket)
+					err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
+					if !test.ok {
+						requireKind(t, err, KindBadRequest)
+						require.Nil(t, f.get(objectName(extZip)))
+						time.Sleep(time.Second)
+						err = a.save(t.Context(), s)
+					}
+					require.NoError(t, err)
+					requireStored(t, f, a)
+				})
+			})
+		}
+	}
+}
+
+// The context ends at each request, before or after it was applied: the error
+// says so, and the next save need not wait.
+func TestSaveContextEnds(t *testing.T) {
+	for _, scene := range []string{"new", "taking over", "waiting"} {
+		for n := range 12 {
+			for _, fault := range []faultKind{hung, hungApplied} {
+				t.Run(fmt.Sprintf("%s %d %v", scene, n, fault), func(t *testing.T) {
+					inBubble(t, func(t *testing.T, f *fakeGCS) {
+						switch scene {
+						case "taking over":
+							f.put(objectName(extMod), nil, marked(givenUp, "other"))
+							time.Sleep(time.Second)
+						case "waiting":
+							f.put(objectName(extMod), nil, marked(time.Now(), "other"))
+						}
+						a, b := contentOf("a", 100), contentOf("b", 100)
+						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+						defer cancel()
+						var ended time.Time
+						f.onRequest(func(r *request) faultKind {
+							if r.MachineN != n || r.Machine != "a" {
+								return noFault
+							}
+							time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() })
+							return fault
+						})
+						err := a.save(ctx, NewStorage(f.machine("a").bucket))
+						if ctx.Err() == nil {
+							require.NoError(t, err) // there is no request n
+							return
+						}
+						require.Less(t, time.Since(ended), time.Second)
+						if err != nil { // or the last answer was the only one to be lost
+							requireKind(t, err, KindUnexpected)
+							require.ErrorIs(t, err, context.Canceled)
+						}
+						if scene == "waiting" {
+							return
+						}
+						f.onRequest(nil)
+						time.Sleep(time.Second)
+						start := time.Now()
+						next := b.save(t.Context(), NewStorage(f.machine("b").bucket))
+						require.Less(t, time.Since(start), time.Second)
+						if err == nil || next != nil {
+							requireKind(t, next, KindAlreadyExists)
+							requireStored(t, f, a)
+						} else {
+							requireStored(t, f, b)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+func TestSaveDeadline(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		f.put(objectName(extMod), nil, marked(time.Now(), "other"))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		err := contentOf("a", 1).save(ctx, NewStorage(f.machine("a").bucket))
+		requireKind(t, err, KindGatewayTimeout)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+	})
+}
+
+// A sleeper wakes in the middle of its zip, long after another has taken the
+// version over and stored it.
+func TestSaveSleeperWakes(t *testing.T) {
+	for _, size := range []int{100, 700 << 10} { // in memory, and in chunks
+		for _, op := range []string{"insert", "start", "chunk"} {
+			t.Run(fmt.Sprintf("%s of %d", op, size), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					a, b := contentOf("a", size), contentOf("b", 100)
+					sleeper := f.machine("a")
+					slept := false
+					f.onRequest(func(r *request) faultKind {
+						if r.Machine == "a" && r.Op == op && r.Object == objectName(extZip) && !slept {
+							slept = true
+							sleeper.pause()
+							time.AfterFunc(5*time.Minute, sleeper.resume)
+						}
+						return noFault
+					})
+					var group sync.WaitGroup
+					group.Go(func() {
+						err := a.saveFrom(t.Context(), NewStorage(sleeper.bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
+						if slept {
+							requireKind(t, err, KindAlreadyExists)
+						} else {
+							require.NoError(t, err)
+						}
+					})
+					time.Sleep(time.Second)
+					err := b.save(t.Context(), NewStorage(f.machine("b").bucket))
+					if !slept { // there is no such request for a zip of this size
+						requireKind(t, err, KindAlreadyExists)
+						return
+					}
+					require.NoError(t, err)
+					requireStored(t, f, b)
+					group.Wait()
+					requireStored(t, f, b)
+				})
+			})
+		}
+	}
+}
+
+// A dead save's objects land when the new holder has already looked for
+// leftovers, and then it finds them in its way.
+func TestSaveLateObject(t *testing.T) {
+	for _, ext := range []string{extInfo, extZip} {
+		for _, size := range []int{100, 2 << 20} {
+			t.Run(fmt.Sprintf("%s %d", ext, size), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					a := contentOf("a", size)
+					late := true
+					f.onRequest(func(r *request) faultKind {
+						if r.Object == objectName(ext) && late {
+							late = false
+							f.put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
+							time.Sleep(time.Second) // past the limit on writes of one name
+						}
+						return noFault
+					})
+					require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+					requireStored(t, f, a)
+				})
+			})
+		}
+	}
+}
+
+// In the same moment, a zip that cannot be read again is lost. The version is
+// given up, so that the next save need not wait.
+func TestSaveLateObjectUnseekable(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 2<<20)
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == "start" && f.get(objectName(extZip)) == nil {
+				f.put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"})
+			}
+			return noFault
+		})
+		s := NewStorage(f.machine("a").bucket, WithChunkSize(256<<10))
+		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
+		time.Sleep(time.Second)
+		require.NoError(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))))
+		requireStored(t, f, a)
+	})
+}
+
+// Between a takeover and the listing of leftovers another takes over and stores
+// its objects. They are not leftovers.
+func TestSaveLeftoversOfSuccessor(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.put(objectName(extMod), nil, marked(givenUp, "other"))
+		time.Sleep(time.Second)
+		a, b := contentOf("a", 100), contentOf("b", 200)
+		tookOver := false
+		committed := make(chan error, 1)
+		f.onRequest(func(r *request) faultKind {
+			switch {
+			case r.Machine == "b" && r.Op == "patch":
+				time.Sleep(5 * time.Second) // so that a has done what it may do by then
+			case r.Machine == "a" && r.Op == "list" && tookOver:
+				tookOver = false
+				s := NewStorage(f.machine("b").bucket)
+				s.now = func() time.Time { return time.Now().Add(time.Hour) }
+				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
+				time.Sleep(2 * time.Second)
+			}
+			return noFault
+		})
+		f.onAnswer(func(r *request) {
+			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) && r.Applied {
+				tookOver = true
+			}
+		})
+		requireKind(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)), KindAlreadyExists)
+		require.NoError(t, <-committed)
+		requireStored(t, f, b)
+	})
+}
+
+// A refusal that is none of the preconditions' doing ends the save.
+func TestSaveRefusedForOtherReasons(t *testing.T) {
+	for _, op := range []string{"insert", "patch"} {
+		t.Run(op, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				f.onRequest(func(r *request) faultKind {
+					if r.Op == op && r.Object == objectName(extMod) {
+						return unmet
+					}
+					return noFault
+				})
+				err := contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket))
+				requireKind(t, err, KindUnexpected)
+				require.True(t, isRefused(err))
+				require.Less(t, len(f.log()), 40)
+			})
+		})
+	}
+}
+
+// The permissions that Athens' own documentation suggests do not suffice to
+// commit, and the error says which one does.
+func TestSavePermissions(t *testing.T) {
+	for _, permission := range []string{"storage.objects.create", "storage.objects.update", "storage.objects.list"} {
+		t.Run(permission, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				f.deny(permission)
+				err := contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket))
+				requireKind(t, err, KindUnexpected)
+				require.ErrorContains(t, err, permission)
+				require.ErrorContains(t, err, "roles/storage.objectUser")
+			})
+		})
+	}
+}
+
+// A delete in the middle of a save: the save starts over.
+func TestSaveDeleted(t *testing.T) {
+	for n := 1; n < 5; n++ {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				a := contentOf("a", 100)
+				once := true
+				f.onRequest(func(r *request) faultKind {
+					if r.Machine == "a" && r.MachineN == n && once {
+						once = false
+						time.Sleep(time.Second)
+						err := NewStorage(f.machine("b").bucket).Delete(t.Context(), testModule, testVersion)
+						require.True(t, err == nil || Is(err, KindNotFound))
+					}
+					return noFault
+				})
+				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+				requireStored(t, f, a)
+			})
+		})
+	}
+}
+
+func TestSaveHealsAndSaysSo(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		f.put(objectName(extMod), []byte("poisoned"), nil)
+		time.Sleep(time.Second)
+		var log strings.Builder
+		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
+		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
+	})
+}
