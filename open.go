@@ -22,7 +22,7 @@ var permissions = []string{
 
 // Open returns a Storage on the bucket of that name, with a client over HTTP made
 // with these options: application default credentials if there are none, or
-// option.WithCredentialsFile, option.WithEndpoint, option.WithHTTPClient, ….
+// option.WithAuthCredentialsFile, option.WithEndpoint, option.WithHTTPClient, ….
 // [Storage.Close] closes it.
 //
 // Open asks which permissions the caller has on the bucket, which itself needs
