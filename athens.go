@@ -41,7 +41,7 @@ func Adapt[Z SizeReadCloser, P ~struct {
 		if value == "" || !sample.IsValid() {
 			return nil
 		}
-		f := sample.FieldByName(field)
+		f := fieldOf(sample, field)
 		if !f.IsValid() || f.Kind() != reflect.String {
 			return nil
 		}
@@ -113,6 +113,26 @@ func (b *Backend[Z, P]) Catalog(ctx context.Context, token string, pageSize int)
 	return params, next, nil
 }
 
+// SingleFlight is [Storage.SingleFlight].
+func (b *Backend[Z, P]) SingleFlight(next Stasher) Stasher {
+	return adaptedStasher{b.Storage.SingleFlight(next), b.wrap}
+}
+
+// adaptedStasher makes the errors of a single flight those of a Backend, and
+// leaves those of its next alone.
+type adaptedStasher struct {
+	Stasher
+	wrap func(error) error
+}
+
+func (a adaptedStasher) Stash(ctx context.Context, module, vers string) (string, error) {
+	saved, err := a.Stasher.Stash(ctx, module, vers)
+	if e, ok := err.(*Error); ok && e.Op == "gcs.Stash" {
+		err = a.wrap(err)
+	}
+	return saved, err
+}
+
 // structOf is the struct that an error is or points to, or else not valid.
 func structOf(err error) reflect.Value {
 	v := reflect.Indirect(reflect.ValueOf(err))
@@ -120,6 +140,20 @@ func structOf(err error) reflect.Value {
 		return reflect.Value{}
 	}
 	return v
+}
+
+// fieldOf is a struct's field of that name, or else not valid.
+func fieldOf(v reflect.Value, name string) reflect.Value {
+	f, ok := v.Type().FieldByName(name)
+	if !ok {
+		return reflect.Value{}
+	}
+	// Of an embedded pointer that is nil, FieldByName would panic.
+	field, err := v.FieldByIndexErr(f.Index)
+	if err != nil {
+		return reflect.Value{}
+	}
+	return field
 }
 
 // alreadyExists reports whether KindAlreadyExists is anywhere in an error's tree,
@@ -137,13 +171,13 @@ func alreadyExists(err error) (version string, ok bool) {
 		within = e.Unwrap()
 	}
 	if e := structOf(err); e.IsValid() {
-		if f := e.FieldByName("Kind"); f.IsValid() && f.CanInt() {
+		if f := fieldOf(e, "Kind"); f.IsValid() && f.CanInt() {
 			ok = f.Int() == KindAlreadyExists
 		}
-		if f := e.FieldByName("Version"); f.IsValid() && f.Kind() == reflect.String {
+		if f := fieldOf(e, "Version"); f.IsValid() && f.Kind() == reflect.String {
 			version = f.String()
 		}
-		if f := e.FieldByName("Err"); within == nil && f.IsValid() && f.CanInterface() {
+		if f := fieldOf(e, "Err"); within == nil && f.IsValid() && f.CanInterface() {
 			inner, _ := f.Interface().(error)
 			within = []error{inner}
 		}

@@ -88,8 +88,8 @@ func parseToken(token string) (start, last string, err error) {
 	}
 	b, sum := b[:len(b)-4], binary.BigEndian.Uint32(b[len(b)-4:])
 	start, last, ok := strings.Cut(string(b), "\x00")
-	if !ok || sum != crc32.Checksum(b, crc32c) {
-		return "", "", bad
+	if !ok || sum != crc32.Checksum(b, crc32c) || makeToken(start, last) != token {
+		return "", "", bad // the last because decoding skips line ends
 	}
 	return start, last, nil
 }

@@ -212,9 +212,7 @@ func newFakeGCS(t testing.TB) *fakeGCS {
 		close(f.closed)
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		for name := range f.objects {
-			f.erase(name)
-		}
+		f.emulate(http.MethodPost, "/_internal/delete_all", nil, nil)
 		emulators.Lock()
 		emulators.idle = append(emulators.idle, server)
 		emulators.Unlock()

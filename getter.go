@@ -81,17 +81,19 @@ func (s *Storage) open(ctx context.Context, v version, ext string) (*storage.Rea
 
 // A zipReader makes the errors of a stream those of this package.
 type zipReader struct {
-	*storage.Reader
+	r   *storage.Reader
 	ctx context.Context
 	v   version
 }
 
-func (z zipReader) Size() int64 { return z.Attrs.Size }
+func (z zipReader) Size() int64 { return z.r.Attrs.Size }
 
 func (z zipReader) Read(p []byte) (int, error) {
-	n, err := z.Reader.Read(p)
-	if err != nil && err != io.EOF {
+	n, err := z.r.Read(p)
+	if err != io.EOF {
 		err = fail(z.ctx, "Zip", z.v, err)
 	}
 	return n, err
 }
+
+func (z zipReader) Close() error { return fail(z.ctx, "Zip", z.v, z.r.Close()) }

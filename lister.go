@@ -3,6 +3,7 @@ package gcs
 import (
 	"context"
 	"iter"
+	"maps"
 
 	"cloud.google.com/go/storage"
 )
@@ -58,6 +59,7 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) 
 				yield(found{}, err)
 				return
 			}
+			earlier := maps.Clone(open)
 			for _, attrs := range page {
 				v, ext, ok := parseObject(attrs.Name)
 				if !ok || attrs.Name < start {
@@ -70,7 +72,16 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) 
 				}
 				*seen.slot(ext) = attrs
 				rest := forget(open, attrs.Name)
-				if ext == extZip && seen.info != nil && seen.mod != nil && !yield(found{v, *seen, rest}, nil) {
+				if ext != extZip || seen.info == nil || seen.mod == nil {
+					continue
+				}
+				if earlier[v] != nil && torn(*seen) {
+					if *seen, err = s.look(ctx, v); err != nil {
+						yield(found{}, err)
+						return
+					}
+				}
+				if !yield(found{v, *seen, rest}, nil) {
 					return
 				}
 			}
@@ -79,6 +90,12 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) 
 			}
 		}
 	}
+}
+
+// torn reports whether a .zip that was listed on a later page than its .mod may
+// be newer than what the .mod says. A save that has committed updated the .mod last.
+func torn(seen snapshot) bool {
+	return seen.zip.Metadata[keySaveID] != "" && seen.zip.Created.After(seen.mod.Updated)
 }
 
 // forget drops the versions whose .zip does not come after that name, and

@@ -43,6 +43,9 @@ func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip
 		err = badRequest("zip", errors.New("is nil"))
 	}
 	if err == nil {
+		err = ctx.Err()
+	}
+	if err == nil {
 		z := newSource(zip, zipMD5, min(maxWhole, s.chunkSize))
 		c.outcome, err = s.save(ctx, v, mod, z, info)
 	}

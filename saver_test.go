@@ -651,6 +651,28 @@ func TestSavePermissions(t *testing.T) {
 	}
 }
 
+// What GCS refuses again and again ends a save that has no deadline, and the kind
+// says why.
+func TestSaveRetriesEnd(t *testing.T) {
+	for _, op := range []string{"list", "insert", "patch"} {
+		for fault, kind := range map[faultKind]int{tooMany: KindRateLimit, unavailable: KindUnexpected, hung: KindUnexpected} {
+			t.Run(fmt.Sprintf("%s %v", op, fault), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, f *fakeGCS) {
+					f.onRequest(func(r *request) faultKind {
+						if r.Op == op {
+							return fault
+						}
+						return noFault
+					})
+					start := time.Now()
+					requireKind(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket)), kind)
+					require.Less(t, time.Since(start), 3*retryLimit)
+				})
+			})
+		}
+	}
+}
+
 // A delete in the middle of a save: the save starts over.
 func TestSaveDeleted(t *testing.T) {
 	for n := 1; n < 5; n++ {

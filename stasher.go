@@ -1,6 +1,7 @@
 package gcs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -32,7 +33,7 @@ type Stasher interface {
 // renewed and goes stale as the marker of a save does (see
 // [Storage.SetStaleThreshold]), and is deleted afterwards. If the holder fails or
 // dies, one of those who wait is next; a caller that has waited for the stale
-// threshold, while one holder after the other failed, waits no more. If claims
+// threshold, while two holders or more failed, waits no more. If claims
 // are not permitted, because the caller may not delete objects, the log says so
 // once, and each machine fetches for itself.
 //
@@ -40,7 +41,7 @@ type Stasher interface {
 // Athens, however wrapped, somebody else has saved the version, and the answer is
 // the version in that error. Any other error is passed on as it is.
 //
-// A call costs one request if the version is complete. Otherwise it makes 2 before
+// A call costs one request if the version is complete. Otherwise it makes 3 before
 // next, and 1 after it.
 func (s *Storage) SingleFlight(next Stasher) Stasher {
 	return &singleFlight{s: s, next: next, flights: map[version]*flight{}}
@@ -94,16 +95,22 @@ func (sf *singleFlight) join(ctx context.Context, v version) *flight {
 	sf.flights[v] = f
 	go func() {
 		defer cancel()
+		defer func() {
+			sf.mu.Lock()
+			if sf.flights[v] == f {
+				delete(sf.flights, v)
+			}
+			sf.mu.Unlock()
+			close(f.done)
+		}()
+		f.err = fail(ctx, "Stash", v, errGone) // unless it returns
 		f.version, f.err = sf.s.stash(ctx, sf.next, v)
-		sf.mu.Lock()
-		if sf.flights[v] == f {
-			delete(sf.flights, v)
-		}
-		sf.mu.Unlock()
-		close(f.done)
 	}()
 	return f
 }
+
+// errGone is why there is no result of a next that ended its goroutine.
+var errGone = errors.New("the stasher did not return")
 
 // leave cancels the flight when nobody waits for it any more. Who comes then
 // starts another.
@@ -149,7 +156,7 @@ func fetch(ctx context.Context, next Stasher, v version) (string, error) {
 	saved, err := next.Stash(ctx, v.module, v.version)
 	if resolved, ok := alreadyExists(err); ok {
 		if resolved == "" {
-			resolved = v.version
+			resolved = cmp.Or(saved, v.version)
 		}
 		return resolved, nil
 	}
@@ -169,7 +176,8 @@ func (s *Storage) claim(ctx context.Context, v version) (claim *lease, done bool
 		return nil, false, err
 	}
 	l := &lease{s: s, v: v, ext: extLock, id: newSaveID()}
-	var holder *storage.ObjectAttrs // whom this call waited for first
+	var holder int64 // the generation of the claim that this call waits for,
+	holders := 0     // and how many there have been with it
 	for start, refused := time.Now(), 0; ; {
 		seen, err := s.look(ctx, v)
 		if err == nil {
@@ -187,6 +195,7 @@ func (s *Storage) claim(ctx context.Context, v version) (claim *lease, done bool
 		case seen.state(s.now(), s.staleThreshold()) == inProgress:
 			// Its saver renews its marker. Waiting with the claim in hand would
 			// mean to renew that too.
+			refused = 0
 			if held {
 				s.unclaim(ctx, l)
 				l = &lease{s: s, v: v, ext: extLock, id: newSaveID()}
@@ -196,10 +205,12 @@ func (s *Storage) claim(ctx context.Context, v version) (claim *lease, done bool
 		case s.noClaims.Load():
 			return nil, false, nil
 		case isFresh(seen.lock, s.now(), s.staleThreshold()):
-			if holder == nil {
-				holder = seen.lock
+			refused = 0
+			if seen.lock.Generation != holder {
+				holder = seen.lock.Generation
+				holders++
 			}
-			if holder.Generation != seen.lock.Generation && time.Since(start) > s.staleThreshold() {
+			if holders > 2 && time.Since(start) > s.staleThreshold() {
 				return nil, false, nil
 			}
 		default:

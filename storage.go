@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,9 @@ const (
 	// is sent again. It can be: every change is conditional, so that the
 	// second of two that both arrive is refused.
 	requestTimeout = 5 * time.Second
+	// retryLimit is how long requests are sent again, that hang or are answered
+	// with 429 or 503, before the call fails.
+	retryLimit = 5 * time.Minute
 )
 
 // Storage keeps the versions of Go modules in a Cloud Storage bucket.
@@ -99,10 +103,11 @@ func WithChunkSize(bytes int) Option {
 // NewStorage returns a Storage on the bucket, which must exist. It makes no
 // request. The bucket's client, over HTTP or gRPC, remains the caller's to close.
 //
-// Requests are retried until their context ends, as the client does by default,
-// and in a few cases more, in which it cannot know that here every change is
-// conditional on what it replaces. Back-off and limits that were set with
-// [storage.BucketHandle.Retryer] stay, an error function does not.
+// Requests are retried when the client would, and in a few cases more, in which it
+// cannot know that here every change is conditional on what it replaces: for some
+// minutes, or until their context ends. Back-off and limits that were set with
+// [storage.BucketHandle.Retryer] stay, for requests other than small uploads; an
+// error function does not.
 func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 	s := &Storage{
 		bucket:    bucket.Retryer(storage.WithErrorFunc(isTransient)),
@@ -149,9 +154,9 @@ func (s *Storage) object(v version, ext string) *storage.ObjectHandle {
 }
 
 // attempt makes a request, and makes it again whenever it was not answered
-// within the timeout, which grows, until the context ends.
+// within the timeout, which grows, until the context ends or enough is enough.
 func attempt(ctx context.Context, timeout time.Duration, request func(context.Context) error) error {
-	for {
+	for start := time.Now(); ; timeout *= 2 {
 		tryCtx, cancel := context.WithTimeout(ctx, timeout)
 		err := request(tryCtx)
 		hung := tryCtx.Err() != nil && ctx.Err() == nil
@@ -159,7 +164,9 @@ func attempt(ctx context.Context, timeout time.Duration, request func(context.Co
 		if err == nil || !hung {
 			return err
 		}
-		timeout *= 2
+		if waited := time.Since(start); waited >= retryLimit {
+			return fmt.Errorf("no answer, or none but to try again, in %v: %w", waited.Round(time.Second), err)
+		}
 	}
 }
 
@@ -205,8 +212,8 @@ func (s *Storage) look(ctx context.Context, v version) (snapshot, error) {
 			continue
 		}
 		if pages > 1 && seen.mod != nil {
-			// One page is a snapshot, several are not. What was there before
-			// the .mod is seen to be somebody's is not of his successor.
+			// One page is a snapshot, several are not. But what was there
+			// before the .mod is seen to be somebody's is not his successor's.
 			seen.mod, err = s.attrs(ctx, v, extMod)
 		}
 		return seen, err
@@ -222,13 +229,28 @@ func listQuery(prefix string) *storage.Query {
 	return q
 }
 
-// page returns the listing's page of that token, and the token of the next.
+// page makes one request for the part of a listing that begins at that token, and
+// returns the token of the next part. A part may be smaller than size.
 func (s *Storage) page(ctx context.Context, q *storage.Query, token string, size int) (page []*storage.ObjectAttrs, next string, err error) {
 	err = attempt(ctx, requestTimeout, func(ctx context.Context) error {
-		page = page[:0]
-		pager := iterator.NewPager(s.bucket.Objects(ctx, q), size, token)
-		next, err = pager.NextPage(&page)
-		return needs(err, "storage.objects.list")
+		page, next = nil, ""
+		it := s.bucket.Objects(ctx, q)
+		info := it.PageInfo()
+		info.MaxSize, info.Token = size, token
+		for {
+			attrs, err := it.Next()
+			if err == iterator.Done {
+				return nil
+			}
+			if err != nil {
+				return needs(err, "storage.objects.list")
+			}
+			page = append(page, attrs)
+			if info.Remaining() == 0 {
+				next = info.Token
+				return nil
+			}
+		}
 	})
 	return page, next, err
 }

@@ -72,9 +72,10 @@ func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.C
 		attrs = w.Attrs()
 		return writeErr
 	}
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 30*time.Second) {
+	start := time.Now()
+	for pause := 100 * time.Millisecond; ; pause *= 2 {
 		err := attempt(ctx, uploadTimeout(size), once)
-		if err == nil || !isTransient(err) || ctx.Err() != nil {
+		if err == nil || !isTransient(err) || ctx.Err() != nil || time.Since(start) > retryLimit {
 			return attrs, writeNeeds(err, cond)
 		}
 		if sleepErr := sleep(ctx, rand.N(pause)); sleepErr != nil {

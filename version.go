@@ -65,7 +65,7 @@ func checkModule(module string) error {
 			return fmt.Errorf("has the element %q", elem)
 		}
 	}
-	if strings.HasPrefix(module, ".well-known/acme-challenge/") {
+	if strings.HasPrefix(module+"/", ".well-known/acme-challenge/") {
 		return errors.New("is under .well-known/acme-challenge/, which GCS keeps for itself")
 	}
 	if n := len(module); n > maxObjectName {
