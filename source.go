@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/md5"
 	"fmt"
-	"hash"
 	"io"
 )
 
@@ -47,27 +46,44 @@ func bytesSource(b []byte) *source {
 	return &source{head: [][]byte{b}, size: int64(len(b)), loaded: true, whole: true}
 }
 
-// load reads ahead, once.
+// load reads ahead, once, and checks a small zip.
 func (z *source) load() error {
 	if z.loaded {
 		return z.err
 	}
 	z.loaded = true
-	h := md5.New()
 	for z.size <= int64(z.limit) {
 		block := make([]byte, blockSize)
 		n, err := z.fill(block)
 		z.head = append(z.head, block[:n])
-		h.Write(block[:n])
 		if err == io.EOF {
 			z.whole = true
-			return z.check(h)
+			return z.check()
 		}
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// check compares the hash of a zip in memory with what it must be.
+func (z *source) check() error {
+	if z.md5 == nil {
+		return nil
+	}
+	h := md5.New()
+	for _, block := range z.head {
+		h.Write(block)
+	}
+	if sum := h.Sum(nil); !bytes.Equal(sum, z.md5) {
+		z.err = z.mismatch(fmt.Errorf("hashes to %x", sum))
+	}
+	return z.err
+}
+
+func (z *source) mismatch(err error) error {
+	return badRequest("zip", fmt.Errorf("does not match its MD5 %x: %w", z.md5, err))
 }
 
 // fill is io.ReadFull, but for a reader of which io.ErrUnexpectedEOF is a failure.
@@ -91,27 +107,12 @@ func (z *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// check compares the hash of the whole zip with what it must be.
-func (z *source) check(h hash.Hash) error {
-	if z.md5 != nil && !bytes.Equal(h.Sum(nil), z.md5) {
-		z.err = badRequest("zip", fmt.Errorf("has the MD5 %x, not %x", h.Sum(nil), z.md5))
-	}
-	return z.err
-}
-
-// copyTo passes the whole zip to write, and checks it.
+// copyTo passes the whole zip to write.
 func (z *source) copyTo(write func([]byte) error) error {
-	h := md5.New()
-	pass := func(p []byte) error {
-		if z.md5 != nil {
-			h.Write(p)
-		}
-		return write(p)
-	}
 	head := z.head
 	z.head, z.spent = nil, true
 	for i, block := range head {
-		if err := pass(block); err != nil {
+		if err := write(block); err != nil {
 			return err
 		}
 		head[i] = nil
@@ -120,12 +121,12 @@ func (z *source) copyTo(write func([]byte) error) error {
 	for {
 		n, err := z.fill(block)
 		if n > 0 {
-			if err := pass(block[:n]); err != nil {
+			if err := write(block[:n]); err != nil {
 				return err
 			}
 		}
 		if err == io.EOF {
-			return z.check(h)
+			return nil
 		}
 		if err != nil {
 			return err

@@ -1,14 +1,17 @@
 package gcs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
+	"net/http"
 	"time"
 
 	"cloud.google.com/go/storage"
+	"google.golang.org/grpc/codes"
 )
 
 var contentTypes = map[string]string{
@@ -102,11 +105,15 @@ func writeNeeds(err error, cond storage.Conditions) error {
 
 // stream stores a zip that is not in memory, in chunks, if cond holds. When
 // reading it fails, the upload is abandoned and nothing is stored.
+//
+// Its MD5 is left to GCS to check, which computes it anyway. Here it would be
+// computed while nothing is sent, which took as long as sending does over loopback.
 func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions, metadata map[string]string, z *source) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	w := s.writer(ctx, v, extZip, cond, metadata)
 	w.ChunkSize = s.chunkSize
+	w.MD5 = z.md5
 	w.ChunkTransferTimeout = uploadTimeout(int64(s.chunkSize))
 	w.ChunkRetryDeadline = 4 * w.ChunkTransferTimeout
 
@@ -133,6 +140,14 @@ func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions
 		return z.err
 	case errors.Is(context.Cause(ctx), errHung):
 		return errHung
+	case z.md5 != nil && hasCode(err, http.StatusBadRequest, codes.InvalidArgument):
+		z.err = z.mismatch(err)
+		return z.err
+	case err == nil && z.md5 != nil && w.Attrs().MD5 != nil && !bytes.Equal(w.Attrs().MD5, z.md5):
+		// An emulator that stores first. This save fails, so that nobody will
+		// take the object for part of a version.
+		z.err = z.mismatch(fmt.Errorf("stored as %x", w.Attrs().MD5))
+		return errors.Join(z.err, s.remove(ctx, v, extZip, w.Attrs()))
 	}
 	return writeNeeds(err, cond)
 }
