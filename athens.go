@@ -163,6 +163,9 @@ func alreadyExists(err error) (version string, ok bool) {
 	if err == nil {
 		return "", false
 	}
+	if e, own := err.(*Error); own {
+		return e.Version, e.Kind == KindAlreadyExists
+	}
 	var within []error
 	switch e := err.(type) {
 	case interface{ Unwrap() error }:

@@ -89,7 +89,8 @@ func fail(ctx context.Context, op string, v version, err error) error {
 	}
 	e := &Error{Op: "gcs." + op, Kind: KindUnexpected, Module: v.module, Version: v.version, Err: err}
 	var decided verdict
-	if errors.As(err, &decided) {
+	var read readError
+	if errors.As(err, &decided) && !errors.As(err, &read) {
 		e.Kind = decided.kind
 		return e
 	}

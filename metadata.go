@@ -17,6 +17,10 @@ const (
 	keyInProgressOld = "in_progress"
 	// keySaveID holds the random id of the save that wrote an object.
 	keySaveID = "save-id"
+	// keyGeneration holds, on .info and .zip, the generation of the .mod that
+	// their save held. A request to create a .mod that was sent twice can arrive
+	// twice, with a delete in between, and then the save id is not enough.
+	keyGeneration = "mod-generation"
 )
 
 // givenUp is the time in the marker of a save that failed and said so. Nobody
@@ -109,8 +113,8 @@ type lease struct {
 	v       version
 	ext     string // of the marked object
 	id      string
-	sent    bool  // a request to write the object was sent,
-	gen     int64 // and what came of it, 0 while that is not known
+	tries   int   // requests to write the object that were sent,
+	gen     int64 // and what came of them, 0 while that is not known
 	metagen int64
 	renewed time.Time // when the last renewal was answered, by the monotonic clock
 }
@@ -121,8 +125,11 @@ func (l *lease) take(ctx context.Context, body []byte, old *storage.ObjectAttrs)
 	if old != nil {
 		cond.MetagenerationMatch = old.Metageneration // or its holder has renewed the marker
 	}
-	l.sent = true
-	attrs, err := l.s.put(ctx, l.v, l.ext, cond, marked(l.s.now(), l.id), [][]byte{body})
+	metadata := func() map[string]string {
+		l.tries++
+		return marked(l.s.now(), l.id)
+	}
+	attrs, err := l.s.put(ctx, l.v, l.ext, cond, metadata, [][]byte{body})
 	if err == nil {
 		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
 	}
@@ -255,7 +262,7 @@ func (l *lease) giveUp(ctx context.Context, stored bool) error {
 // find brings a lease up to date whose object may have been written by a request
 // that was not answered. It reports whether there is anything to release.
 func (l *lease) find(ctx context.Context) (bool, error) {
-	if l.gen != 0 || !l.sent {
+	if l.gen != 0 || l.tries == 0 {
 		return l.gen != 0, nil
 	}
 	attrs, err := l.s.attrs(ctx, l.v, l.ext)

@@ -122,7 +122,7 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 		if h.owns(h.seen.mod) { // written by a request whose answer was lost
 			return h, nil
 		}
-		h.sent = false
+		h.tries = 0 // none of which was applied
 		h.found = h.seen.state(s.now(), s.staleThreshold())
 		if h.found == abandoned && fenced && !isGivenUp(last) && time.Since(changed) < s.staleThreshold() {
 			// Whoever fenced this save was alive, though by this machine's clock
@@ -206,7 +206,9 @@ func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool,
 		}
 		return true, err
 	case isRefused(createErr) && err == nil:
-		if h.seen.mod == nil { // the listing came before what the create met
+		// The listing may have come before what the create met, which can be
+		// what an earlier try of it has created.
+		if h.seen.mod == nil || h.tries > 1 {
 			h.seen, err = h.s.look(ctx, h.v)
 		}
 	case createErr != nil && !isRefused(createErr):
@@ -256,8 +258,9 @@ func (h *holding) place(ctx context.Context, ext string, old *storage.ObjectAttr
 	if err := z.load(); err != nil {
 		return err
 	}
+	metadata := map[string]string{keySaveID: h.id, keyGeneration: formatGeneration(h.gen)}
 	for refused := 0; ; refused++ {
-		err := h.s.send(ctx, h.v, ext, onlyOver(old), map[string]string{keySaveID: h.id}, z)
+		err := h.s.send(ctx, h.v, ext, onlyOver(old), metadata, z)
 		if err == nil || ctx.Err() != nil || z.err != nil {
 			return err
 		}

@@ -67,6 +67,12 @@ func (z *source) load() error {
 	return nil
 }
 
+// A readError is one of the caller's reader, whatever kind it would be elsewhere.
+type readError struct{ err error }
+
+func (e readError) Error() string { return "reading the zip: " + e.err.Error() }
+func (e readError) Unwrap() error { return e.err }
+
 // check compares the hash of a zip in memory with what it must be.
 func (z *source) check() error {
 	if z.md5 == nil {
@@ -101,7 +107,7 @@ func (z *source) Read(p []byte) (int, error) {
 	n, err := z.r.Read(p)
 	z.size += int64(n)
 	if err != nil && err != io.EOF {
-		z.err = fmt.Errorf("reading the zip: %w", err)
+		z.err = readError{err}
 		err = z.err
 	}
 	return n, err

@@ -269,6 +269,8 @@ func (s *Storage) sweep(ctx context.Context, v version, seen snapshot) {
 	if seen.lock == nil || isFresh(seen.lock, s.now(), s.staleThreshold()) {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
 	if err := s.remove(ctx, v, extLock, seen.lock); err != nil && !isRefused(err) {
 		s.log.DebugContext(ctx, "could not delete a stale claim", "module", v.module, "version", v.version, "error", err)
 	}

@@ -211,10 +211,14 @@ func (s *Storage) look(ctx context.Context, v version) (snapshot, error) {
 		if token = next; token != "" {
 			continue
 		}
-		if pages > 1 && seen.mod != nil {
+		if pages > 1 {
 			// One page is a snapshot, several are not. But what was there
-			// before the .mod is seen to be somebody's is not his successor's.
+			// before the .mod is seen to be somebody's, or nobody's, was not
+			// written by one who came after.
 			seen.mod, err = s.attrs(ctx, v, extMod)
+			if isAbsent(err) {
+				return seen, nil
+			}
 		}
 		return seen, err
 	}

@@ -23,7 +23,7 @@ var contentTypes = map[string]string{
 
 // slowLine is how many bytes a second an upload is expected to make at least,
 // before it counts as hung.
-const slowLine = 64 << 10
+const slowLine = 256 << 10
 
 func uploadTimeout(size int64) time.Duration {
 	return 2*requestTimeout + time.Duration(size/slowLine)*time.Second
@@ -43,24 +43,24 @@ func (s *Storage) send(ctx context.Context, v version, ext string, cond storage.
 	if !z.whole {
 		return s.stream(ctx, v, cond, metadata, z)
 	}
-	_, err := s.put(ctx, v, ext, cond, metadata, z.head)
+	_, err := s.put(ctx, v, ext, cond, func() map[string]string { return metadata }, z.head)
 	return err
 }
 
 // put stores an object that is in memory, in one request, if cond holds, and
-// again until it is answered. An error that isRefused can mean that an earlier
+// again until it is answered, with metadata made for each try. An error that isRefused can mean that an earlier
 // try was applied.
 //
 // The client's own retries need a buffer for each upload, of 256 KiB for a
 // go.mod of 100 bytes. Here the bytes are at hand.
-func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string, body [][]byte) (attrs *storage.ObjectAttrs, err error) {
+func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.Conditions, metadata func() map[string]string, body [][]byte) (attrs *storage.ObjectAttrs, err error) {
 	sum, size := uint32(0), int64(0)
 	for _, b := range body {
 		sum = crc32.Update(sum, crc32c, b)
 		size += int64(len(b))
 	}
 	once := func(ctx context.Context) error {
-		w := s.writer(ctx, v, ext, cond, metadata)
+		w := s.writer(ctx, v, ext, cond, metadata())
 		w.ChunkSize = 0
 		w.CRC32C, w.SendCRC32C = sum, true // sent ahead, so that GCS refuses what arrives cut short
 		var writeErr error
@@ -115,11 +115,11 @@ func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions
 	w.ChunkSize = s.chunkSize
 	w.MD5 = z.md5
 	w.ChunkTransferTimeout = uploadTimeout(int64(s.chunkSize))
-	w.ChunkRetryDeadline = 4 * w.ChunkTransferTimeout
+	w.ChunkRetryDeadline = 2*w.ChunkTransferTimeout + 30*time.Second
 
 	// The client sends a chunk again that hangs, but waits without end for the
 	// start of the upload. The zip's own reader may take its time.
-	patience := 2 * w.ChunkRetryDeadline
+	patience := w.ChunkRetryDeadline + w.ChunkTransferTimeout
 	hung := time.AfterFunc(patience, func() { cancel(errHung) })
 	defer hung.Stop()
 	err := z.copyTo(func(p []byte) error {

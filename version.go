@@ -3,6 +3,7 @@ package gcs
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -179,9 +180,23 @@ func (s snapshot) state(now time.Time, threshold time.Duration) state {
 	}
 }
 
-// oneSave reports whether one save wrote all three objects. A .mod without a
-// save id was written by Athens itself, which had no way to tell.
+// oneSave reports whether one save wrote all three objects, .info and .zip while
+// this very .mod was live. A .mod without a save id was written by Athens itself,
+// which had no way to tell.
 func (s snapshot) oneSave() bool {
 	id := s.mod.Metadata[keySaveID]
-	return id == "" || s.info.Metadata[keySaveID] == id && s.zip.Metadata[keySaveID] == id
+	if id == "" {
+		return true
+	}
+	for _, o := range []*storage.ObjectAttrs{s.info, s.zip} {
+		if o.Metadata[keySaveID] != id {
+			return false
+		}
+		if gen, ok := o.Metadata[keyGeneration]; ok && gen != formatGeneration(s.mod.Generation) {
+			return false // the .mod was created twice, the second time after a delete
+		}
+	}
+	return true
 }
+
+func formatGeneration(gen int64) string { return strconv.FormatInt(gen, 10) }
