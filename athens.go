@@ -157,14 +157,14 @@ func fieldOf(v reflect.Value, name string) reflect.Value {
 }
 
 // alreadyExists reports whether KindAlreadyExists is anywhere in an error's tree,
-// as an error of this package or in the manner of Athens, and of which version,
-// if that is said: the innermost one was the first to know.
-func alreadyExists(err error) (version string, ok bool) {
+// as an error of this package or in the manner of Athens, and of which version of
+// the module, if that is said: the innermost one was the first to know.
+func alreadyExists(err error, module string) (version string, ok bool) {
 	if err == nil {
 		return "", false
 	}
 	if e, own := err.(*Error); own {
-		return e.Version, e.Kind == KindAlreadyExists
+		return e.Version, e.Kind == KindAlreadyExists && (e.Module == "" || e.Module == module)
 	}
 	var within []error
 	switch e := err.(type) {
@@ -177,6 +177,9 @@ func alreadyExists(err error) (version string, ok bool) {
 		if f := fieldOf(e, "Kind"); f.IsValid() && f.CanInt() {
 			ok = f.Int() == KindAlreadyExists
 		}
+		if f := fieldOf(e, "Module"); f.IsValid() && f.Kind() == reflect.String && f.Len() > 0 && f.String() != module {
+			return "", false // of another module
+		}
 		if f := fieldOf(e, "Version"); f.IsValid() && f.Kind() == reflect.String {
 			version = f.String()
 		}
@@ -186,7 +189,7 @@ func alreadyExists(err error) (version string, ok bool) {
 		}
 	}
 	for _, err := range within {
-		if v, found := alreadyExists(err); found {
+		if v, found := alreadyExists(err, module); found {
 			ok = true
 			if v != "" {
 				version = v

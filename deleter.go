@@ -41,6 +41,15 @@ func (s *Storage) delete(ctx context.Context, v version) error {
 			}
 			return errNothing
 		}
+		if seen.mod == nil {
+			// A listing that shows no .mod may have been made while one came,
+			// and the rest be that one's.
+			if mod, err := s.mod(ctx, v); err != nil {
+				return err
+			} else if mod != nil {
+				continue
+			}
+		}
 		err = s.remove(ctx, v, extMod, seen.mod)
 		if isRefused(err) && refused < maxRefused {
 			continue // a save has taken the version over, and may store more than was seen

@@ -36,8 +36,8 @@
 // marker its holder is presumed dead: if .info and .zip carry the save id and
 // the generation of the .mod, only the commit is missing, and whoever sees that
 // does it. In any other case the save takes over: it writes the .mod anew, if
-// it is still the one in the listing, lists the version again, and goes on at
-// step 2. A save that fails sets its marker to 1970, so that nobody waits for
+// it is still the one that two listings in a row have shown, lists the version
+// again, and goes on at step 2. A save that fails sets its marker to 1970, so that nobody waits for
 // it.
 //
 // [Storage.Delete] deletes the .mod first, then the other two, each only if it
@@ -84,8 +84,8 @@
 // The argument relies on GCS for the atomicity of a conditional request, and
 // for strong consistency of lists after writes
 // (https://cloud.google.com/storage/docs/consistency), with one page of a list
-// showing one moment (of a listing with several pages, the .mod is read again
-// at the end). And it relies on nobody else's writing to the bucket below
-// "/@v/": Athens' own backend, which knows nothing of markers, may run beside
-// this package, with the guarantees that it gives by itself.
+// showing one moment (a listing with several pages is made again until the .mod
+// was the same before and after it). And it relies on nobody else's writing to
+// the bucket below "/@v/": Athens' own backend, which knows nothing of markers,
+// may run beside this package, with the guarantees that it gives by itself.
 package gcs

@@ -25,12 +25,12 @@ import (
 // zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that
 // does not match it is KindBadRequest, as is a nil zip.
 //
-// After any other error nothing is stored, the version does not exist, and the
-// next Save can proceed at once; what this one left behind, it replaces. That
-// may be in vain only if the save was fenced when the zip had been read: another
-// save had thought it dead, taken the version over, and failed. A zip of up to 1
-// MiB, or whose reader is an [io.Seeker], can be sent again, and its save is not
-// affected by that.
+// After any other error the version is not complete, unless it is the answer to the
+// last request that was lost, and the next Save can proceed at once; what this one
+// left behind, it replaces. A zip of up to 1 MiB, or whose reader is an
+// [io.Seeker], can be sent twice. With any other, a save fails that would have to:
+// because the upload hung before its first answer, or because another save had
+// thought this one dead and taken the version over.
 //
 // Save makes 5 requests for a new version, 3 of them one after another, and 2 at
 // once for a complete version (or 3, if it became complete at that moment). It
@@ -114,10 +114,11 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 	}
 	start, refused := time.Now(), 0
 	var last *storage.ObjectAttrs // the .mod as it was last seen to change,
-	var changed time.Time         // and when
+	var changed time.Time         // when,
+	var sightings int             // and how often it has been seen so
 	for {
-		if changed.IsZero() || !sameObject(last, h.seen.mod) {
-			last, changed = h.seen.mod, time.Now()
+		if sightings++; sightings == 1 || !sameObject(last, h.seen.mod) {
+			last, changed, sightings = h.seen.mod, time.Now(), 1
 		}
 		if h.owns(h.seen.mod) { // written by a request whose answer was lost
 			return h, nil
@@ -148,6 +149,10 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 
 		case !z.ready():
 			return nil, errSpent
+
+		case h.seen.mod != nil && sightings == 1:
+			// What a listing does not show may have come while it was made,
+			// and the version be complete. If so, the .mod has changed.
 
 		default: // absent, partial, abandoned
 			if err = h.take(ctx, mod, h.seen.mod); err == nil {
@@ -198,7 +203,7 @@ func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool,
 	createErr := group.Wait()
 	switch {
 	case createErr == nil && err == nil:
-		if h.seen.mod != nil && !h.holds(h.seen.mod) {
+		if !h.seen.empty() && !h.holds(h.seen.mod) {
 			err = h.lookAtLeftovers(ctx)
 		}
 		if h.seen.info != nil || h.seen.zip != nil {

@@ -83,13 +83,13 @@ func (z *source) check() error {
 		h.Write(block)
 	}
 	if sum := h.Sum(nil); !bytes.Equal(sum, z.md5) {
-		z.err = z.mismatch(fmt.Errorf("hashes to %x", sum))
+		z.err = z.mismatch(sum)
 	}
 	return z.err
 }
 
-func (z *source) mismatch(err error) error {
-	return badRequest("zip", fmt.Errorf("does not match its MD5 %x: %w", z.md5, err))
+func (z *source) mismatch(sum []byte) error {
+	return badRequest("zip", fmt.Errorf("has the MD5 %x, and not %x", sum, z.md5))
 }
 
 // fill is io.ReadFull, but for a reader of which io.ErrUnexpectedEOF is a failure.

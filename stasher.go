@@ -154,7 +154,7 @@ func (s *Storage) stash(ctx context.Context, next Stasher, v version) (string, e
 // fetch calls next, and takes for success that somebody else has succeeded.
 func fetch(ctx context.Context, next Stasher, v version) (string, error) {
 	saved, err := next.Stash(ctx, v.module, v.version)
-	if resolved, ok := alreadyExists(err); ok {
+	if resolved, ok := alreadyExists(err, v.module); ok {
 		if resolved == "" {
 			resolved = cmp.Or(saved, v.version)
 		}

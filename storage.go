@@ -9,6 +9,7 @@ import (
 
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/iterator"
+	"google.golang.org/grpc/codes"
 )
 
 // DefaultStaleThreshold is how long a marker is believed after its last renewal.
@@ -159,7 +160,9 @@ func attempt(ctx context.Context, timeout time.Duration, request func(context.Co
 	for start := time.Now(); ; timeout *= 2 {
 		tryCtx, cancel := context.WithTimeout(ctx, timeout)
 		err := request(tryCtx)
-		hung := tryCtx.Err() != nil && ctx.Err() == nil
+		// Over gRPC the server knows the deadline too, and can be the first to
+		// say that it passed.
+		hung := ctx.Err() == nil && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
 		cancel()
 		if err == nil || !hung {
 			return err
@@ -193,34 +196,54 @@ func (s *Storage) attrs(ctx context.Context, v version, ext string) (attrs *stor
 
 // look takes a snapshot of the version, with one request.
 func (s *Storage) look(ctx context.Context, v version) (snapshot, error) {
-	// The names sort .info, .mod, .zip. The offsets keep out v1.0.0.info when
-	// the version is v1; a server that ignores them only makes this slower.
+	seen, pages, err := s.listVersion(ctx, v)
+	for err == nil && pages > 1 {
+		// One page shows one moment, several do not: GCS may send less than
+		// it is asked for. But nobody came or went, saved or deleted while the
+		// .mod stayed as it was.
+		var before, after *storage.ObjectAttrs
+		if before, err = s.mod(ctx, v); err == nil {
+			if seen, pages, err = s.listVersion(ctx, v); err == nil && pages > 1 {
+				after, err = s.mod(ctx, v)
+			}
+		}
+		if err == nil && pages > 1 && sameObject(before, after) {
+			seen.mod = after
+			break
+		}
+	}
+	return seen, err
+}
+
+// mod returns the attributes of the version's .mod, or nil if there is none.
+func (s *Storage) mod(ctx context.Context, v version) (*storage.ObjectAttrs, error) {
+	attrs, err := s.attrs(ctx, v, extMod)
+	if isAbsent(err) {
+		return nil, nil
+	}
+	return attrs, err
+}
+
+// listVersion lists the version's objects, and tells how many pages that took.
+func (s *Storage) listVersion(ctx context.Context, v version) (seen snapshot, pages int, err error) {
+	// The names sort .info, .lock, .mod, .zip. The offsets keep out v1.0.0.info
+	// when the version is v1; a server that ignores them only makes this slower.
 	q := listQuery(v.object(""))
 	q.StartOffset, q.EndOffset = v.object(extInfo), v.object(extZip)+"\x00"
-	var seen snapshot
-	for pages, token := 1, ""; ; pages++ {
+	for token := ""; ; {
 		page, next, err := s.page(ctx, q, token, maxPage)
 		if err != nil {
-			return snapshot{}, err
+			return snapshot{}, 0, err
 		}
+		pages++
 		for _, attrs := range page {
 			if w, ext, ok := parseObject(attrs.Name); ok && w == v {
 				*seen.slot(ext) = attrs
 			}
 		}
-		if token = next; token != "" {
-			continue
+		if token = next; token == "" {
+			return seen, pages, nil
 		}
-		if pages > 1 {
-			// One page is a snapshot, several are not. But what was there
-			// before the .mod is seen to be somebody's, or nobody's, was not
-			// written by one who came after.
-			seen.mod, err = s.attrs(ctx, v, extMod)
-			if isAbsent(err) {
-				return seen, nil
-			}
-		}
-		return seen, err
 	}
 }
 

@@ -59,8 +59,10 @@ func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.C
 		sum = crc32.Update(sum, crc32c, b)
 		size += int64(len(b))
 	}
-	once := func(ctx context.Context) error {
-		w := s.writer(ctx, v, ext, cond, metadata())
+	// Over gRPC the client would retry without the bytes that are gone.
+	once := s.object(v, ext).Retryer(storage.WithPolicy(storage.RetryNever))
+	try := func(ctx context.Context) error {
+		w := writer(ctx, once, ext, cond, metadata())
 		w.ChunkSize = 0
 		w.CRC32C, w.SendCRC32C = sum, true // sent ahead, so that GCS refuses what arrives cut short
 		var writeErr error
@@ -76,8 +78,8 @@ func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.C
 		return writeErr
 	}
 	start := time.Now()
-	for pause := 100 * time.Millisecond; ; pause *= 2 {
-		err := attempt(ctx, uploadTimeout(size), once)
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+		err := attempt(ctx, uploadTimeout(size), try)
 		if err == nil || !isTransient(err) || ctx.Err() != nil || time.Since(start) > retryLimit {
 			return attrs, writeNeeds(err, cond)
 		}
@@ -89,8 +91,8 @@ func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.C
 
 var crc32c = crc32.MakeTable(crc32.Castagnoli)
 
-func (s *Storage) writer(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string) *storage.Writer {
-	w := s.object(v, ext).If(cond).NewWriter(ctx)
+func writer(ctx context.Context, o *storage.ObjectHandle, ext string, cond storage.Conditions, metadata map[string]string) *storage.Writer {
+	w := o.If(cond).NewWriter(ctx)
 	w.ContentType = contentTypes[ext]
 	w.Metadata = metadata
 	return w
@@ -111,15 +113,15 @@ func writeNeeds(err error, cond storage.Conditions) error {
 func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions, metadata map[string]string, z *source) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	w := s.writer(ctx, v, extZip, cond, metadata)
+	w := writer(ctx, s.object(v, extZip), extZip, cond, metadata)
 	w.ChunkSize = s.chunkSize
 	w.MD5 = z.md5
 	w.ChunkTransferTimeout = uploadTimeout(int64(s.chunkSize))
-	w.ChunkRetryDeadline = 2*w.ChunkTransferTimeout + 30*time.Second
+	patience := 2 * (w.ChunkTransferTimeout + requestTimeout)
+	w.ChunkRetryDeadline = patience
 
 	// The client sends a chunk again that hangs, but waits without end for the
 	// start of the upload. The zip's own reader may take its time.
-	patience := w.ChunkRetryDeadline + w.ChunkTransferTimeout
 	hung := time.AfterFunc(patience, func() { cancel(errHung) })
 	defer hung.Stop()
 	err := z.copyTo(func(p []byte) error {
@@ -141,12 +143,12 @@ func (s *Storage) stream(ctx context.Context, v version, cond storage.Conditions
 	case errors.Is(context.Cause(ctx), errHung):
 		return errHung
 	case z.md5 != nil && hasCode(err, http.StatusBadRequest, codes.InvalidArgument):
-		z.err = z.mismatch(err)
+		z.err = badRequest("zip", fmt.Errorf("was refused, with the MD5 %x that it was to have: %w", z.md5, err))
 		return z.err
-	case err == nil && z.md5 != nil && w.Attrs().MD5 != nil && !bytes.Equal(w.Attrs().MD5, z.md5):
+	case err == nil && z.md5 != nil && len(w.Attrs().MD5) > 0 && !bytes.Equal(w.Attrs().MD5, z.md5):
 		// An emulator that stores first. This save fails, so that nobody will
 		// take the object for part of a version.
-		z.err = z.mismatch(fmt.Errorf("stored as %x", w.Attrs().MD5))
+		z.err = z.mismatch(w.Attrs().MD5)
 		return errors.Join(z.err, s.remove(ctx, v, extZip, w.Attrs()))
 	}
 	return writeNeeds(err, cond)
