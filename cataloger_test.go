@@ -1,0 +1,284 @@
+package gcs
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// pagesOf returns all pages of a catalog, and calls between before each but the
+// first.
+func pagesOf(t *testing.T, s *Storage, pageSize int, between func()) [][]ModuleVersion {
+	t.Helper()
+	var pages [][]ModuleVersion
+	for token := ""; ; {
+		page, next, err := s.Catalog(t.Context(), token, pageSize)
+		require.NoError(t, err)
+		require.NotNil(t, page)
+		pages = append(pages, page)
+		require.Less(t, len(pages), 10_000, "the pages have no end")
+		if next == "" {
+			return pages
+		}
+		require.NotEqual(t, token, next)
+		token = next
+		between()
+	}
+}
+
+func catalogOf(t *testing.T, s *Storage, pageSize int) []ModuleVersion {
+	t.Helper()
+	return slices.Concat(pagesOf(t, s, pageSize, func() {})...)
+}
+
+// mixedBucket fills a bucket with a bit of everything, and returns the complete
+// versions in the order of their .zip objects.
+func mixedBucket(f *fakeGCS) []ModuleVersion {
+	now := time.Now()
+	complete := []version{
+		{"a", "v1.0.0"}, {"example.com/m", "v1.0.0"}, {"example.com/m", "v1.0.0-rc.1"}, {"example.com/m", "v1.10.0"},
+		{"example.com/m", "v1"}, {"example.com/m", "v1.j"}, {"example.com/m", "v1.jj"}, {"example.com/m", "v1.z"},
+		{"example.com/m", "v1.zip"}, {"example.com/m", "v1.mod"}, {"example.com/m", "v1.info"},
+		{"example.com/m-other", "v1.0.0"}, {"example.com/m/v2", "v2.0.0"}, {"example.com", "v0.1.0"},
+		{"例え.jp/m", "v1.0.0"}, {"z", "v1.0.0"},
+	}
+	for _, v := range complete {
+		listedVersion(f, v.module, v.version)
+	}
+	for i, exts := range [][]string{{extInfo}, {extMod}, {extZip}, {extInfo, extMod}, {extInfo, extZip}, {extMod, extZip}} {
+		for _, v := range []version{
+			{"example.com/m", fmt.Sprintf("v1.%d.0-partial", i)}, {"example.com/m", fmt.Sprintf("v1.k%d", i)},
+			{fmt.Sprintf("partial%d", i), "v1.0.0"}, {fmt.Sprintf("zz%d", i), "v1.0.0"},
+		} {
+			for _, ext := range exts {
+				listed(f, v.object(ext), nil, time.Now())
+			}
+		}
+	}
+	for _, v := range []version{{"example.com/m", "v1.in.progress"}, {"y", "v1.0.0"}} {
+		listedVersion(f, v.module, v.version)
+		listed(f, v.object(extMod), marked(now, "a"), time.Now())
+	}
+	for _, name := range []string{
+		"index.html", "example.com/m/@v/list", "example.com/m/@v/v1.0.0.lock", "example.com/m/@v/v1.0.0.zip.tmp", "/@v/v1.0.0.zip",
+		"example.com/m/@latest", "zzz", "@v/v1.0.0.info", "@v/v1.0.0.mod", "@v/v1.0.0.zip", "a//@v/v1.0.0.zip",
+	} {
+		listed(f, name, nil, time.Now())
+	}
+	slices.SortFunc(complete, func(a, b version) int {
+		if a.object(extZip) < b.object(extZip) {
+			return -1
+		}
+		return 1
+	})
+	var want []ModuleVersion
+	for _, v := range complete {
+		want = append(want, ModuleVersion{v.module, v.version})
+	}
+	return want
+}
+
+func TestCatalogPages(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		want := mixedBucket(f)
+		for pageSize := 1; pageSize <= len(want)+1; pageSize++ {
+			pages := pagesOf(t, s, pageSize, func() {})
+			require.Equal(t, want, slices.Concat(pages...))
+			// All pages are full but the last, which is not empty.
+			require.Len(t, pages, (len(want)+pageSize-1)/pageSize)
+			for _, page := range pages[:len(pages)-1] {
+				require.Len(t, page, pageSize)
+			}
+		}
+	})
+}
+
+func TestCatalogEmpty(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		require.Equal(t, [][]ModuleVersion{{}}, pagesOf(t, s, 10, nil))
+		storeFiles(f, "m", "v1.0.0", extInfo, extZip)
+		require.Equal(t, [][]ModuleVersion{{}}, pagesOf(t, s, 10, nil))
+	})
+}
+
+func TestCatalogDefaultPageSize(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for i := range 1001 {
+			listedVersion(f, "m", fmt.Sprintf("v1.%04d.0", i))
+		}
+		for _, pageSize := range []int{0, -1} {
+			pages := pagesOf(t, s, pageSize, func() {})
+			require.Len(t, pages, 2)
+			require.Len(t, pages[0], 1000)
+			require.Len(t, pages[1], 1)
+		}
+		require.Len(t, pagesOf(t, s, 5000, func() {}), 1)
+	})
+}
+
+func removeVersion(f *fakeGCS, v version) {
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		unlist(f, v.object(ext))
+	}
+}
+
+// Versions come and go between two pages. Those that were there all the time are
+// listed once, and so is any other at the most.
+func TestCatalogWhileChanging(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		want := mixedBucket(f)
+		suffixes := []string{"", ".a", ".j0", ".k0", ".mod.x", ".zi", ".zip.zip", "-rc", "0"}
+		for seed := range uint64(40) {
+			rnd := rand.New(rand.NewPCG(seed, 0))
+			var passing []version
+			between := func() {
+				for range rnd.IntN(6) {
+					beside := want[rnd.IntN(len(want))]
+					v := version{beside.Module, beside.Version + suffixes[rnd.IntN(len(suffixes))]}
+					if slices.Contains(want, ModuleVersion{v.module, v.version}) {
+						continue
+					}
+					passing = append(passing, v)
+					for _, ext := range []string{extInfo, extMod, extZip} {
+						if rnd.IntN(8) > 0 {
+							listed(f, v.object(ext), nil, time.Now())
+						}
+					}
+				}
+				for _, v := range passing {
+					if rnd.IntN(2) == 0 {
+						removeVersion(f, v)
+					}
+				}
+			}
+			times := map[ModuleVersion]int{}
+			for _, page := range pagesOf(t, s, 1+rnd.IntN(5), between) {
+				for _, v := range page {
+					times[v]++
+				}
+			}
+			for _, v := range want {
+				require.Equal(t, 1, times[v], "seed %d: %v", seed, v)
+			}
+			for v, n := range times {
+				require.Equal(t, 1, n, "seed %d: %v", seed, v)
+			}
+			for _, v := range passing {
+				removeVersion(f, v)
+			}
+		}
+	})
+}
+
+// The last version of a page can be deleted, and those that follow it.
+func TestCatalogAfterDelete(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0", "v1.1.0", "v1.2.0", "v1.3.0")
+		page, token, err := s.Catalog(t.Context(), "", 2)
+		require.NoError(t, err)
+		require.Equal(t, []ModuleVersion{{"m", "v1.0.0"}, {"m", "v1.1.0"}}, page)
+		for _, vers := range []string{"v1.1.0", "v1.2.0"} {
+			require.NoError(t, s.Delete(t.Context(), "m", vers))
+		}
+		require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0-rc.1"))
+		page, token, err = s.Catalog(t.Context(), token, 2)
+		require.NoError(t, err)
+		require.Equal(t, []ModuleVersion{{"m", "v1.3.0"}}, page)
+		require.Empty(t, token)
+	})
+}
+
+// A token is good for another page size, and for another instance.
+func TestCatalogTokenElsewhere(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		want := mixedBucket(f)
+		var got []ModuleVersion
+		token := ""
+		for pageSize := 1; ; pageSize++ {
+			page, next, err := NewStorage(s.bucket).Catalog(t.Context(), token, pageSize)
+			require.NoError(t, err)
+			got = append(got, page...)
+			if token = next; token == "" {
+				break
+			}
+		}
+		require.Equal(t, want, got)
+	})
+}
+
+func TestCatalogBadTokens(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		mixedBucket(f)
+		_, good, err := s.Catalog(t.Context(), "", 3)
+		require.NoError(t, err)
+		require.NotEmpty(t, good)
+
+		raw, err := base64.RawURLEncoding.DecodeString(good)
+		require.NoError(t, err)
+		bad := []string{
+			"x", " ", "1000", "m/@v/v1.0.0.zip", "null", good + " ", good + "\n", "\r\n" + good, good + "=", good + good, good[1:],
+			base64.URLEncoding.EncodeToString(append(raw, 0)),
+			base64.RawURLEncoding.EncodeToString([]byte("m/@v/v1.0.0.info\x00m/@v/v1.0.0.zip")),
+			// A page token of GCS: the last name, as a protocol buffer.
+			base64.StdEncoding.EncodeToString([]byte("\x0a\x0fm/@v/v1.0.0.zip")),
+			string(raw),
+		}
+		for i := range good {
+			if i > 0 {
+				bad = append(bad, good[:i])
+			}
+			for _, c := range "A_z9-\n" {
+				if changed := good[:i] + string(c) + good[i+1:]; changed != good {
+					bad = append(bad, changed)
+				}
+			}
+		}
+		rnd := rand.New(rand.NewPCG(1, 2))
+		for size := range 200 {
+			b := make([]byte, size+1)
+			for i := range b {
+				b[i] = byte(rnd.Uint32())
+			}
+			bad = append(bad, base64.RawURLEncoding.EncodeToString(b))
+		}
+		f.resetLog()
+		for _, token := range bad {
+			page, next, err := s.Catalog(t.Context(), token, 3)
+			require.Truef(t, Is(err, KindBadRequest), "%q: %v", token, err)
+			requireError(t, err, KindBadRequest, "gcs.Catalog", "", "")
+			require.Nil(t, page)
+			require.Empty(t, next)
+		}
+		require.Empty(t, f.log())
+	})
+}
+
+func TestCatalogErrors(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		mixedBucket(f)
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, _, err := s.Catalog(ctx, "", 0)
+		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
+		require.ErrorIs(t, err, context.Canceled)
+
+		f.onRequest(func(*request) faultKind { return hung })
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, _, err = s.Catalog(ctx, "", 0)
+		requireError(t, err, KindGatewayTimeout, "gcs.Catalog", "", "")
+		f.onRequest(nil)
+
+		f.deny("storage.objects.list")
+		_, _, err = s.Catalog(t.Context(), "", 0)
+		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
+		require.ErrorContains(t, err, "storage.objects.list")
+	})
+}

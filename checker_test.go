@@ -1,0 +1,594 @@
+package gcs
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/api/option"
+)
+
+// withStorage runs a test in virtual time, with a Storage on a bucket of its own.
+func withStorage(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeGCS(t)
+		test(t, f, NewStorage(f.machine("m").bucket))
+	})
+}
+
+// behind is a Storage whose requests pass through edit, which may answer itself.
+func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
+	m := f.register("behind")
+	m.connect(f.t, []option.ClientOption{
+		option.WithHTTPClient(&http.Client{Transport: editTransport{m, edit}}),
+		option.WithoutAuthentication(),
+	})
+	return NewStorage(m.bucket)
+}
+
+type editTransport struct {
+	next http.RoundTripper
+	edit func(*http.Request) *http.Response
+}
+
+func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	if resp := e.edit(r); resp != nil {
+		if r.Body != nil {
+			r.Body.Close()
+		}
+		resp.Request = r
+		return resp, nil
+	}
+	return e.next.RoundTrip(r)
+}
+
+// listed makes an object that can be listed and updated, but not read or
+// deleted: the emulator does not know of it. Thousands of them cost nothing.
+func listed(f *fakeGCS, name string, metadata map[string]string, updated time.Time) {
+	f.t.Cleanup(func() { unlist(f, name) })
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.generation++
+	f.objects[name] = &fakeStored{fakeObject: fakeObject{
+		Name: name, Metadata: metadata, Generation: f.generation, Metageneration: 1, Created: updated, Updated: updated,
+	}}
+}
+
+func unlist(f *fakeGCS, name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.objects, name)
+}
+
+// listedVersion is listed for the three objects of complete versions.
+func listedVersion(f *fakeGCS, module string, versions ...string) {
+	for _, vers := range versions {
+		for _, ext := range []string{extInfo, extMod, extZip} {
+			listed(f, version{module, vers}.object(ext), nil, time.Now())
+		}
+	}
+}
+
+// described returns an object without its bytes, the zero object if there is none.
+func described(f *fakeGCS, name string) fakeObject {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o := f.objects[name]; o != nil {
+		return o.fakeObject
+	}
+	return fakeObject{}
+}
+
+// storeFiles puts objects of a version into the bucket as Athens left them.
+func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
+	v := version{module, vers}
+	for _, ext := range exts {
+		f.put(v.object(ext), []byte(ext+" of "+vers), nil)
+	}
+}
+
+// storeVersion puts a complete version into the bucket.
+func storeVersion(f *fakeGCS, module string, versions ...string) {
+	for _, vers := range versions {
+		storeFiles(f, module, vers, extInfo, extMod, extZip)
+	}
+}
+
+// saveVersion saves a version whose files hold their own names.
+func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
+	return s.Save(ctx, module, vers, []byte("mod of "+vers), strings.NewReader("zip of "+vers), nil, []byte("info of "+vers))
+}
+
+// changeMetadata updates an object's metadata as another client's request does.
+func changeMetadata(f *fakeGCS, name string, metadata map[string]string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	o := f.objects[name]
+	o.Metadata = maps.Clone(metadata)
+	o.Metageneration++
+	o.Updated = time.Now()
+}
+
+// logged returns the operations of the log, in the order of their arrival.
+func logged(f *fakeGCS) []string {
+	ops := []string{}
+	for _, r := range f.log() {
+		ops = append(ops, r.Op)
+	}
+	return ops
+}
+
+// requireError checks that err is the package's own, of that kind and about
+// that version.
+func requireError(t *testing.T, err error, kind int, op, module, vers string) {
+	t.Helper()
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	require.Equal(t, Error{op, kind, module, vers, e.Err}, *e)
+	require.Error(t, e.Err)
+}
+
+const ago = -time.Hour // long past any threshold
+
+// A markerCase is one thing that the metadata of a .mod may say.
+type markerCase struct {
+	name     string
+	metadata map[string]string
+	updated  time.Duration // of the object, from now
+	marked   bool
+	fresh    bool
+}
+
+func markerCases(now time.Time) []markerCase {
+	at := func(d time.Duration) map[string]string { return marked(now.Add(d), "") }
+	value := func(s string) map[string]string { return map[string]string{keyInProgress: s} }
+	old := map[string]string{keyInProgressOld: "true"}
+	const threshold = DefaultStaleThreshold
+	return []markerCase{
+		{"none", nil, 0, false, false},
+		{"none old", nil, ago, false, false},
+		{"something else", map[string]string{"owner": "me"}, 0, false, false},
+		{"now", at(0), 0, true, true},
+		{"now, updated long ago", at(0), ago, true, true},
+		{"almost stale", at(-threshold + time.Millisecond), ago, true, true},
+		{"just stale", at(-threshold), ago, true, false},
+		{"stale, updated now", at(-threshold), 0, true, false},
+		{"a little ahead", at(threshold - time.Millisecond), ago, true, true},
+		{"an hour ahead, updated now", at(time.Hour), 0, true, true},
+		{"an hour ahead, updated long ago", at(time.Hour), ago, true, false},
+		{"an hour ahead, as is the server", at(time.Hour), -ago, true, false},
+		{"2099, updated now", value("2099-01-01T00:00:00Z"), 0, true, true},
+		{"2099, updated long ago", value("2099-01-01T00:00:00Z"), ago, true, false},
+		{"empty, updated now", value(""), 0, true, true},
+		{"empty, updated long ago", value(""), ago, true, false},
+		{"true, updated now", value("true"), 0, true, true},
+		{"true, updated long ago", value("true"), ago, true, false},
+		{"tomorrow, updated now", value("tomorrow"), 0, true, true},
+		{"tomorrow, updated long ago", value("tomorrow"), ago, true, false},
+		{"older Athens, now", old, 0, true, true},
+		{"older Athens, long ago", old, ago, true, false},
+		{"given up", marked(givenUp, ""), 0, true, false},
+		{"given up long ago", marked(givenUp, ""), ago, true, false},
+	}
+}
+
+// saveIDCases are the save ids on .info, .mod and .zip.
+var saveIDCases = []struct {
+	name           string
+	info, mod, zip string
+	one            bool // one save wrote them, or the .mod does not tell
+}{
+	{"one save", "a", "a", "a", true},
+	{"no ids", "", "", "", true},
+	{".mod without id", "a", "", "b", true},
+	{".info of another", "b", "a", "a", false},
+	{".zip of another", "a", "a", "b", false},
+	{".mod of another", "b", "a", "b", false},
+	{".info without id", "", "a", "a", false},
+	{".zip without id", "a", "a", "", false},
+}
+
+// Every state that a version can be in: what Exists says of it, what it costs,
+// and what it changes; and that List and Catalog say the same.
+func TestExistsStates(t *testing.T) {
+	const vers = "v1.0.0"
+	for _, ids := range saveIDCases {
+		t.Run(ids.name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				var want []ModuleVersion
+				for i, marker := range markerCases(time.Now()) {
+					for subset := range 8 {
+						name := fmt.Sprintf("%s, subset %03b", marker.name, subset)
+						// The first to see an unfinished version finishes it, so
+						// each method has one of its own.
+						for _, method := range []string{"exists", "list", "catalog"} {
+							v := version{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
+							metadata := map[string]map[string]string{
+								extInfo: {keySaveID: ids.info},
+								extMod:  {keySaveID: ids.mod},
+								extZip:  {keySaveID: ids.zip},
+							}
+							maps.DeleteFunc(marker.metadata, func(k, _ string) bool { return k == keySaveID })
+							maps.Copy(metadata[extMod], marker.metadata)
+							for bit, ext := range []string{extInfo, extMod, extZip} {
+								maps.DeleteFunc(metadata[ext], func(k, v string) bool { return k == keySaveID && v == "" })
+								if subset&(1<<bit) != 0 {
+									listed(f, v.object(ext), metadata[ext], time.Now().Add(marker.updated))
+								}
+							}
+
+							finished := subset == 7 && marker.marked && !marker.fresh && ids.one
+							exists := finished || subset == 7 && !marker.marked
+							switch method {
+							case "exists":
+								before := described(f, v.object(extMod))
+								f.resetLog()
+								got, err := s.Exists(t.Context(), v.module, vers)
+								require.NoError(t, err, name)
+								require.Equal(t, exists, got, name)
+								after := described(f, v.object(extMod))
+								if finished {
+									require.Equal(t, []string{"list", "patch"}, logged(f), name)
+									require.Equal(t, before.Generation, after.Generation, name)
+									require.Empty(t, after.Metadata, name)
+								} else {
+									require.Equal(t, []string{"list"}, logged(f), name)
+									require.Equal(t, before, after, name)
+								}
+							case "list":
+								got, err := s.List(t.Context(), v.module)
+								require.NoError(t, err, name)
+								require.Equal(t, exists, slices.Contains(got, vers), name)
+							}
+							if exists {
+								want = append(want, ModuleVersion{v.module, vers})
+							}
+						}
+					}
+				}
+				got, token, err := s.Catalog(t.Context(), "", 10_000)
+				require.NoError(t, err)
+				require.Empty(t, token)
+				require.ElementsMatch(t, want, got)
+			})
+		})
+	}
+}
+
+// The time of an older Athens version's marker is that of its object's creation,
+// whatever was updated since.
+func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0")
+		f.putAt("m/@v/v1.0.0.mod", nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
+		changeMetadata(f, "m/@v/v1.0.0.mod", map[string]string{keyInProgressOld: "true"})
+		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.True(t, ok)
+	})
+}
+
+func unfinishedVersion(f *fakeGCS, v version) {
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		metadata := map[string]string{keySaveID: "a"}
+		if ext == extMod {
+			metadata = marked(time.Now().Add(ago), "a")
+		}
+		f.put(v.object(ext), []byte(ext), metadata)
+	}
+}
+
+// To a caller who may not finish it, an unfinished version does not exist.
+func TestExistsWithoutUpdatePermission(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		v := version{"m", "v1.0.0"}
+		unfinishedVersion(f, v)
+		before := f.get(v.object(extMod))
+		f.deny("storage.objects.update")
+
+		ok, err := s.Exists(t.Context(), v.module, v.version)
+		require.NoError(t, err)
+		require.False(t, ok)
+		versions, err := s.List(t.Context(), v.module)
+		require.NoError(t, err)
+		require.Empty(t, versions)
+		catalog, _, err := s.Catalog(t.Context(), "", 0)
+		require.NoError(t, err)
+		require.Empty(t, catalog)
+		require.Equal(t, before, f.get(v.object(extMod)))
+
+		f.allow("storage.objects.update")
+		ok, err = s.Exists(t.Context(), v.module, v.version)
+		require.NoError(t, err)
+		require.True(t, ok)
+	})
+}
+
+// Something happens to an unfinished version between its listing and the
+// request that finishes it.
+func TestExistsRaces(t *testing.T) {
+	v := version{"m", "v1.0.0"}
+	mod := v.object(extMod)
+	for _, tc := range []struct {
+		name   string
+		change func(f *fakeGCS)
+		want   bool
+	}{
+		{"the holder renews", func(f *fakeGCS) { changeMetadata(f, mod, marked(time.Now(), "a")) }, false},
+		{"the holder gives up", func(f *fakeGCS) { changeMetadata(f, mod, marked(givenUp, "b")) }, false},
+		{"somebody finishes", func(f *fakeGCS) { changeMetadata(f, mod, nil) }, true},
+		{"taken over", func(f *fakeGCS) { f.put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
+		{"saved anew", func(f *fakeGCS) { storeVersion(f, v.module, v.version) }, true},
+		{"the .mod is deleted", func(f *fakeGCS) { f.remove(mod) }, false},
+		{"deleted", func(f *fakeGCS) {
+			for _, name := range f.names() {
+				f.remove(name)
+			}
+		}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				unfinishedVersion(f, v)
+				var after *fakeObject
+				f.onRequest(func(r *request) faultKind {
+					if r.Op == "patch" {
+						tc.change(f)
+						after = f.get(mod)
+					}
+					return noFault
+				})
+				ok, err := s.Exists(t.Context(), v.module, v.version)
+				require.NoError(t, err)
+				require.Equal(t, tc.want, ok)
+				require.Equal(t, after, f.get(mod), "what the other one did must stay")
+				require.Equal(t, []string{"list", "patch", "list"}, logged(f))
+			})
+		})
+	}
+}
+
+// A renewal can come between, and after it the holder can die.
+func TestExistsAfterRace(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		v := version{"m", "v1.0.0"}
+		unfinishedVersion(f, v)
+		patches := 0
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == "patch" {
+				if patches++; patches == 1 {
+					changeMetadata(f, v.object(extMod), marked(time.Now().Add(ago/2), "a"))
+				}
+			}
+			return noFault
+		})
+		ok, err := s.Exists(t.Context(), v.module, v.version)
+		require.NoError(t, err)
+		require.True(t, ok)
+		require.Equal(t, 2, patches)
+	})
+}
+
+// The answer to the request that finishes a version may be lost.
+func TestExistsFaults(t *testing.T) {
+	for _, op := range []string{"list", "patch"} {
+		for fault := refused; fault <= hungApplied; fault++ {
+			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
+				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+					v := version{"m", "v1.0.0"}
+					unfinishedVersion(f, v)
+					first := true
+					f.onRequest(func(r *request) faultKind {
+						if r.Op == op && first {
+							first = false
+							return fault
+						}
+						return noFault
+					})
+					ok, err := s.Exists(t.Context(), v.module, v.version)
+					require.NoError(t, err)
+					require.True(t, ok)
+					require.Empty(t, f.get(v.object(extMod)).Metadata)
+				})
+			})
+		}
+	}
+}
+
+// A refusal that has nothing to do with the conditions is not asked for again
+// and again.
+func TestExistsRefusedForAnotherReason(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		v := version{"m", "v1.0.0"}
+		unfinishedVersion(f, v)
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.Method == http.MethodPatch {
+				return jsonFailure(http.StatusPreconditionFailed, "conditionNotMet", "Public access prevention is enforced.").response(r, false)
+			}
+			return nil
+		})
+		_, err := s.Exists(t.Context(), v.module, v.version)
+		requireError(t, err, KindUnexpected, "gcs.Exists", v.module, v.version)
+		require.Contains(t, err.Error(), "Public access prevention")
+	})
+}
+
+func TestExistsErrors(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0")
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		ok, err := s.Exists(ctx, "m", "v1.0.0")
+		require.False(t, ok)
+		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
+		require.ErrorIs(t, err, context.Canceled)
+
+		f.onRequest(func(*request) faultKind { return hung })
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		ok, err = s.Exists(ctx, "m", "v1.0.0")
+		require.False(t, ok)
+		requireError(t, err, KindGatewayTimeout, "gcs.Exists", "m", "v1.0.0")
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		f.onRequest(nil)
+
+		f.deny("storage.objects.list")
+		ok, err = s.Exists(t.Context(), "m", "v1.0.0")
+		require.False(t, ok)
+		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
+		require.ErrorContains(t, err, "storage.objects.list")
+		require.ErrorContains(t, err, "roles/storage.objectUser")
+	})
+}
+
+// The objects of other versions may lie between those of one, by the thousand.
+func TestExistsAmongManyOthers(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for i := range 1200 {
+			listed(f, fmt.Sprintf("m/@v/v1.n%04d.info", i), nil, time.Now())
+		}
+		storeFiles(f, "m", "v1", extInfo, extMod)
+		ok, err := s.Exists(t.Context(), "m", "v1")
+		require.NoError(t, err)
+		require.False(t, ok)
+		storeFiles(f, "m", "v1", extZip)
+		ok, err = s.Exists(t.Context(), "m", "v1")
+		require.NoError(t, err)
+		require.True(t, ok)
+
+		// A list of several pages is no snapshot: here the version is partial
+		// while the first is read, which ends before the .zip, and another save
+		// has begun when the second is.
+		f.remove("m/@v/v1.zip")
+		lists := 0
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == "list" {
+				if lists++; lists == 2 {
+					f.put("m/@v/v1.mod", []byte("other"), marked(time.Now(), "b"))
+					f.put("m/@v/v1.zip", []byte("other"), map[string]string{keySaveID: "b"})
+				}
+			}
+			return noFault
+		})
+		ok, err = s.Exists(t.Context(), "m", "v1")
+		require.NoError(t, err)
+		require.False(t, ok)
+		require.Equal(t, 4, lists) // and again, once it turned out to be two pages
+	})
+}
+
+// Nor is a list of few objects, when the server sends less than it is asked for.
+func TestExistsAcrossShortPages(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		s := behind(f, pageBy("2"))
+		storeFiles(f, "m", "v1.0.0", extInfo, extMod)
+		lists := 0
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == "list" {
+				if lists++; lists == 2 {
+					f.put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
+					f.put("m/@v/v1.0.0.zip", []byte("other"), map[string]string{keySaveID: "b"})
+				}
+			}
+			return noFault
+		})
+		// The version is partial while it is read first, then a save begins that
+		// never ends.
+		storeFiles(f, "m", "v1.0.0.x", extInfo)
+		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.False(t, ok)
+	})
+}
+
+func FuzzMarker(f *testing.F) {
+	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
+	for _, m := range markerCases(now) {
+		if value, ok := m.metadata[keyInProgress]; ok {
+			f.Add(value, int64(m.updated), int64(DefaultStaleThreshold))
+		}
+	}
+	f.Add("9999-12-31T23:59:59.999999999Z", int64(0), int64(1))
+	f.Add("0000-01-01T00:00:00+23:59", int64(ago), int64(1)<<62)
+	f.Fuzz(func(t *testing.T, value string, updated, threshold int64) {
+		if threshold <= 0 {
+			t.Skip("SetStaleThreshold lets none of these in")
+		}
+		within := func(d time.Duration) bool { return d.Abs() < time.Duration(threshold) }
+		attrs := &storage.ObjectAttrs{
+			Metadata: map[string]string{keyInProgress: value},
+			Created:  now.Add(2 * ago),
+			Updated:  now.Add(time.Duration(updated)),
+		}
+		m, ok := readMarker(attrs)
+		if !ok {
+			t.Fatal("no marker")
+		}
+		byUpdated := within(attrs.Updated.Sub(now))
+		written, err := time.Parse(time.RFC3339Nano, value)
+		want := byUpdated
+		if err == nil && written.Sub(now) < time.Duration(threshold) {
+			want = within(written.Sub(now))
+		}
+		if got := m.fresh(now, time.Duration(threshold)); got != want {
+			t.Errorf("fresh is %v, not %v", got, want)
+		}
+	})
+}
+
+func FuzzState(f *testing.F) {
+	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
+	for subset := range 8 {
+		for _, m := range markerCases(now) {
+			value, marked := m.metadata[keyInProgress]
+			f.Add(uint8(subset), marked, value, int64(m.updated), "a", "a", "a")
+		}
+	}
+	f.Add(uint8(7), true, "", int64(ago), "a", "", "b")
+	f.Add(uint8(7), true, "", int64(ago), "a", "a", "b")
+	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated int64, infoID, modID, zipID string) {
+		object := func(i int, id string) *storage.ObjectAttrs {
+			if subset&(1<<i) == 0 {
+				return nil
+			}
+			attrs := &storage.ObjectAttrs{Updated: now.Add(time.Duration(updated)), Metadata: map[string]string{}}
+			if id != "" {
+				attrs.Metadata[keySaveID] = id
+			}
+			return attrs
+		}
+		seen := snapshot{info: object(0, infoID), mod: object(1, modID), zip: object(2, zipID)}
+		if isMarked && seen.mod != nil {
+			seen.mod.Metadata[keyInProgress] = value
+		}
+		got := seen.state(now, DefaultStaleThreshold)
+		whole := seen.info != nil && seen.mod != nil && seen.zip != nil
+		isMarked = isMarked && seen.mod != nil
+		var allowed []state
+		switch {
+		case seen.empty():
+			allowed = []state{absent}
+		case !isMarked && whole:
+			allowed = []state{complete}
+		case !isMarked:
+			allowed = []state{partial}
+		case whole && (modID == "" || infoID == modID && zipID == modID):
+			allowed = []state{inProgress, unfinished}
+		default:
+			allowed = []state{inProgress, abandoned}
+		}
+		if !slices.Contains(allowed, got) {
+			t.Errorf("%v, not one of %v", got, allowed)
+		}
+	})
+}

@@ -1,0 +1,295 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+)
+
+func TestReads(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", []byte("the mod"), strings.NewReader("the zip"), nil, []byte("the info")))
+
+		f.resetLog()
+		info, err := s.Info(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.Equal(t, "the info", string(info))
+		mod, err := s.GoMod(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.Equal(t, "the mod", string(mod))
+		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.EqualValues(t, len("the zip"), zip.Size())
+		require.NoError(t, iotest.TestReader(zip, []byte("the zip")))
+		require.EqualValues(t, len("the zip"), zip.Size(), "of the object, not of what is left of it")
+		require.NoError(t, zip.Close())
+
+		var objects []string
+		for _, r := range f.log() {
+			objects = append(objects, r.Op+" "+r.Object)
+		}
+		require.Equal(t, []string{"get m/@v/v1.0.0.info", "get m/@v/v1.0.0.mod", "get m/@v/v1.0.0.zip"}, objects)
+		requests, bodies := f.inFlight()
+		require.Zero(t, requests)
+		require.Zero(t, bodies)
+	})
+}
+
+func TestReadEmptyFiles(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", nil, strings.NewReader(""), nil, nil))
+		info, err := s.Info(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.Empty(t, info)
+		mod, err := s.GoMod(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.Empty(t, mod)
+		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.Zero(t, zip.Size())
+		content, err := io.ReadAll(zip)
+		require.NoError(t, err)
+		require.Empty(t, content)
+		require.NoError(t, zip.Close())
+	})
+}
+
+// readers are the methods that read an object, as far as to its last byte.
+var readers = map[string]func(ctx context.Context, s *Storage, module, vers string) (string, error){
+	"Info": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
+		b, err := s.Info(ctx, module, vers)
+		return string(b), err
+	},
+	"GoMod": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
+		b, err := s.GoMod(ctx, module, vers)
+		return string(b), err
+	},
+	"Zip": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
+		r, err := s.Zip(ctx, module, vers)
+		if err != nil {
+			return "", err
+		}
+		defer r.Close()
+		b, err := io.ReadAll(r)
+		return string(b), err
+	},
+}
+
+var extOf = map[string]string{"Info": extInfo, "GoMod": extMod, "Zip": extZip}
+
+// forReaders runs a test for each of the readers.
+func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
+	for op := range readers {
+		t.Run(op, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
+		})
+	}
+}
+
+// One object can be missing while the other two are there.
+func TestReadMissing(t *testing.T) {
+	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
+		storeVersion(f, "m", "v1.0.0", "v1.0.0-rc.1")
+		storeVersion(f, "m/v2", "v1.0.0")
+		f.remove("m/@v/v1.0.0." + extOf[op])
+		for other := range readers {
+			content, err := readers[other](t.Context(), s, "m", "v1.0.0")
+			if other == op {
+				requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
+				require.ErrorIs(t, err, storage.ErrObjectNotExist)
+			} else {
+				require.NoError(t, err)
+				require.Equal(t, extOf[other]+" of v1.0.0", content)
+			}
+		}
+		require.Len(t, f.log(), 3)
+	})
+}
+
+func TestReadErrors(t *testing.T) {
+	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
+		storeVersion(f, "m", "v1.0.0")
+		read := readers[op]
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := read(ctx, s, "m", "v1.0.0")
+		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
+		require.ErrorIs(t, err, context.Canceled)
+
+		f.onRequest(func(*request) faultKind { return hung })
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, err = read(ctx, s, "m", "v1.0.0")
+		requireError(t, err, KindGatewayTimeout, "gcs."+op, "m", "v1.0.0")
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+
+		f.onRequest(func(*request) faultKind { return tooMany })
+		impatient := NewStorage(f.machine("impatient").bucket.Retryer(storage.WithMaxAttempts(2)))
+		_, err = read(t.Context(), impatient, "m", "v1.0.0")
+		requireError(t, err, KindRateLimit, "gcs."+op, "m", "v1.0.0")
+		f.onRequest(nil)
+
+		f.deny("storage.objects.get")
+		_, err = read(t.Context(), s, "m", "v1.0.0")
+		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
+		require.ErrorContains(t, err, "storage.objects.get")
+		require.ErrorContains(t, err, "roles/storage.objectUser")
+
+		_, bodies := f.inFlight()
+		require.Zero(t, bodies)
+	})
+}
+
+// What goes wrong once is not the caller's concern.
+func TestReadFaults(t *testing.T) {
+	for _, fault := range []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany} {
+		t.Run(fault.String(), func(t *testing.T) {
+			forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
+				storeVersion(f, "m", "v1.0.0")
+				f.onRequest(func(r *request) faultKind {
+					if r.N == 0 {
+						return fault
+					}
+					return noFault
+				})
+				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
+				require.NoError(t, err)
+				require.Equal(t, extOf[op]+" of v1.0.0", content)
+				require.Len(t, f.log(), 2)
+			})
+		})
+	}
+}
+
+// Info and GoMod ask again when there is no answer.
+func TestReadHangs(t *testing.T) {
+	for _, op := range []string{"Info", "GoMod"} {
+		t.Run(op, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeVersion(f, "m", "v1.0.0")
+				f.onRequest(func(r *request) faultKind {
+					if r.N == 0 {
+						return hung
+					}
+					return noFault
+				})
+				start := time.Now()
+				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
+				require.NoError(t, err)
+				require.Equal(t, extOf[op]+" of v1.0.0", content)
+				require.Less(t, time.Since(start), time.Minute)
+			})
+		})
+	}
+}
+
+func bigZip() []byte {
+	b := make([]byte, 1<<20)
+	for i := range b {
+		b[i] = byte(i ^ i>>8 ^ i>>16)
+	}
+	return b
+}
+
+// breakFirst breaks the first answer off in the middle, and does something before
+// the next request.
+func breakFirst(f *fakeGCS, before func()) {
+	f.onRequest(func(r *request) faultKind {
+		switch r.N {
+		case 0:
+			return lostBody
+		case 1:
+			before()
+		}
+		return noFault
+	})
+}
+
+// A stream that breaks goes on where it was.
+func TestZipBreaks(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		want := bigZip()
+		f.put("m/@v/v1.0.0.zip", want, nil)
+		breakFirst(f, func() {})
+		r, err := s.Zip(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		require.EqualValues(t, len(want), r.Size())
+		got, err := io.ReadAll(r)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(want, got))
+		require.NoError(t, r.Close())
+		log := f.log()
+		require.Len(t, log, 2)
+		require.Less(t, log[1].Received, int64(len(want)), "the rest is enough")
+		_, bodies := f.inFlight()
+		require.Zero(t, bodies)
+	})
+}
+
+// A stream that cannot go on ends with an error, and not with the bytes of
+// another object.
+func TestZipBreaksForGood(t *testing.T) {
+	const name = "m/@v/v1.0.0.zip"
+	for _, tc := range []struct {
+		name   string
+		before func(f *fakeGCS, cancel func())
+		is     error
+	}{
+		{"replaced", func(f *fakeGCS, _ func()) { f.put(name, make([]byte, 1<<20), nil) }, nil},
+		{"deleted", func(f *fakeGCS, _ func()) { f.remove(name) }, storage.ErrObjectNotExist},
+		{"not permitted", func(f *fakeGCS, _ func()) { f.deny("storage.objects.get") }, nil},
+		{"cancelled", func(_ *fakeGCS, cancel func()) { cancel() }, context.Canceled},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				want := bigZip()
+				f.put(name, want, nil)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				breakFirst(f, func() { tc.before(f, cancel) })
+				r, err := s.Zip(ctx, "m", "v1.0.0")
+				require.NoError(t, err)
+				got, err := io.ReadAll(r)
+				requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
+				if tc.is != nil {
+					require.ErrorIs(t, err, tc.is)
+				}
+				require.True(t, bytes.HasPrefix(want, got))
+				if err := r.Close(); err != nil {
+					requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
+				}
+			})
+		})
+	}
+}
+
+// A caller may stop in the middle of a zip.
+func TestZipClosedEarly(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		f.put("m/@v/v1.0.0.zip", bigZip(), nil)
+		r, err := s.Zip(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		_, err = io.ReadFull(r, make([]byte, 10))
+		require.NoError(t, err)
+		require.NoError(t, r.Close())
+		_, bodies := f.inFlight()
+		require.Zero(t, bodies)
+	})
+}
+
+// A missing bucket holds no object.
+func TestReadMissingBucket(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		s := NewStorage(f.machine("lost").client.Bucket("other"))
+		_, err := s.Info(t.Context(), "m", "v1.0.0")
+		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
+	})
+}

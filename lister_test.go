@@ -1,0 +1,258 @@
+package gcs
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// requireList checks that List returns these versions in this order.
+func requireList(t *testing.T, s *Storage, module string, want ...string) {
+	t.Helper()
+	got, err := s.List(t.Context(), module)
+	require.NoError(t, err)
+	require.NotNil(t, got)
+	require.Equal(t, append([]string{}, want...), got)
+}
+
+func TestListNeighbours(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		modules := []string{
+			"example.com", "example.com/m", "example.com/m-other", "example.com/m/v2", "example.com/m/v2/sub",
+			"example.com/mm", "example.com/M", "example.com/m@v", "other.com/example.com/m",
+		}
+		for i, module := range modules {
+			storeVersion(f, module, fmt.Sprintf("v1.%d.0", i))
+		}
+		storeFiles(f, "example.com/m", "v9.0.0", extInfo, extMod)
+		storeFiles(f, "example.com/m/v2", "v9.0.0", extZip)
+		for i, module := range modules {
+			requireList(t, s, module, fmt.Sprintf("v1.%d.0", i))
+		}
+		for _, module := range []string{"example.com/nothing", "example.co", "example.com/m/v", "com/m", "other.com"} {
+			requireList(t, s, module)
+		}
+	})
+}
+
+func TestListOnlyComplete(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		requireList(t, s, "m")
+
+		for subset := range 8 {
+			for bit, ext := range []string{extInfo, extMod, extZip} {
+				if subset&(1<<bit) != 0 {
+					storeFiles(f, "m", fmt.Sprintf("v1.%d.0", subset), ext)
+				}
+			}
+		}
+		storeVersion(f, "m", "v2.0.0", "v3.0.0")
+		changeMetadata(f, "m/@v/v2.0.0.mod", marked(time.Now(), "a"))
+		changeMetadata(f, "m/@v/v3.0.0.mod", marked(time.Now().Add(ago), "a"))
+		unfinishedVersion(f, version{"m", "v4.0.0"})
+		for _, name := range []string{"index.html", "m/@v/list", "m/@v/v1.7.0.lock", "m/@v/v1.7.0.info.bak", "m/@latest", "m/@v/a/v1.0.0.zip"} {
+			f.put(name, nil, nil)
+		}
+		requireList(t, s, "m", "v1.7.0", "v4.0.0")
+		require.Empty(t, f.get("m/@v/v4.0.0.mod").Metadata)
+		requireList(t, s, "m", "v1.7.0", "v4.0.0")
+	})
+}
+
+// One request for every 1,000 objects.
+func TestListRequests(t *testing.T) {
+	for _, objects := range []int{0, 1, 999, 1000, 1001, 2000, 2500} {
+		t.Run(fmt.Sprint(objects), func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				exts := []string{extInfo, extMod, extZip}
+				var want []string
+				for i := range objects {
+					v := version{"m", fmt.Sprintf("v1.%06d.0", i/3)}
+					listed(f, v.object(exts[i%3]), nil, time.Now())
+					if i%3 == 2 {
+						want = append(want, v.version)
+					}
+				}
+				listedVersion(f, "m-other", "v1.0.0")
+				listedVersion(f, "a", "v1.0.0")
+				requireList(t, s, "m", want...)
+				require.Len(t, f.log(), max((objects+999)/1000, 1))
+				for _, r := range f.log() {
+					require.Equal(t, "list", r.Op)
+				}
+			})
+		})
+	}
+}
+
+// Where one version's name goes on as another's has its ending, the objects of
+// the two interleave. The order is that of the .zip objects.
+func TestListInterleaved(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
+		storeFiles(f, "m", "v1.k", extInfo, extZip)
+		requireList(t, s, "m", "v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip")
+		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
+			f.resetLog()
+			ok, err := s.Exists(t.Context(), "m", vers)
+			require.NoError(t, err)
+			require.True(t, ok, vers)
+			require.Len(t, f.log(), 1)
+		}
+	})
+}
+
+// A list of several pages is no snapshot: what is seen of a version on one page
+// may be gone when the next is read.
+func TestListAcrossPages(t *testing.T) {
+	for name, list := range map[string]func(t *testing.T, s *Storage) []string{
+		"List": func(t *testing.T, s *Storage) []string {
+			versions, err := s.List(t.Context(), "m")
+			require.NoError(t, err)
+			return versions
+		},
+		"Catalog": func(t *testing.T, s *Storage) []string {
+			page, _, err := s.Catalog(t.Context(), "", 1000)
+			require.NoError(t, err)
+			versions := []string{}
+			for _, v := range page {
+				versions = append(versions, v.Version)
+			}
+			return versions
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				for i := range 998 {
+					listed(f, fmt.Sprintf("m/@v/a%03d.info", i), nil, time.Now())
+				}
+				// The first page ends with the .mod. The version is partial
+				// until another save takes it over, and never complete.
+				v := version{"m", "v1"}
+				listed(f, v.object(extInfo), nil, time.Now())
+				listed(f, v.object(extMod), nil, time.Now())
+				listed(f, "m/@v/z.info", nil, time.Now())
+				lists := 0
+				f.onRequest(func(r *request) faultKind {
+					if r.Op == "list" {
+						if lists++; lists == 2 {
+							time.Sleep(time.Millisecond) // GCS tells times to the millisecond
+							listed(f, v.object(extMod), marked(time.Now(), "b"), time.Now())
+							listed(f, v.object(extZip), map[string]string{keySaveID: "b"}, time.Now())
+						}
+					}
+					return noFault
+				})
+				require.Empty(t, list(t, s))
+				require.GreaterOrEqual(t, lists, 2)
+			})
+		})
+	}
+}
+
+// pageBy makes the server answer lists with pages of that size at most, as it
+// may, and ignore offsets, as some do.
+func pageBy(size string) func(*http.Request) *http.Response {
+	return func(r *http.Request) *http.Response {
+		q := r.URL.Query()
+		if q.Has("maxResults") || q.Has("prefix") {
+			q.Del("startOffset")
+			q.Del("endOffset")
+			if size != "" {
+				q.Set("maxResults", size)
+			}
+			r.URL.RawQuery = q.Encode()
+		}
+		return nil
+	}
+}
+
+// A server that pages as it likes and ignores offsets makes nothing wrong.
+func TestOtherServers(t *testing.T) {
+	for _, size := range []string{"", "1", "2", "7"} {
+		t.Run("pages of "+size, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+				s := behind(f, pageBy(size))
+				storeVersion(f, "m", "v1", "v1.j", "v1.z", "v1.0.0")
+				storeFiles(f, "m", "v1.k", extInfo, extMod)
+				storeVersion(f, "a", "v1")
+				requireList(t, s, "m", "v1.0.0", "v1.j", "v1.z", "v1")
+				for pageSize := range 7 {
+					got := catalogOf(t, s, pageSize)
+					require.Equal(t, []ModuleVersion{{"a", "v1"}, {"m", "v1.0.0"}, {"m", "v1.j"}, {"m", "v1.z"}, {"m", "v1"}}, got)
+				}
+				for vers, want := range map[string]bool{"v1": true, "v1.j": true, "v1.k": false, "v1.0": false} {
+					ok, err := s.Exists(t.Context(), "m", vers)
+					require.NoError(t, err)
+					require.Equal(t, want, ok, vers)
+				}
+				require.NoError(t, s.Delete(t.Context(), "m", "v1"))
+				requireList(t, s, "m", "v1.0.0", "v1.j", "v1.z")
+			})
+		})
+	}
+}
+
+func TestListErrors(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		listedVersion(f, "m", "v1.0.0")
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := s.List(ctx, "m")
+		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
+		require.ErrorIs(t, err, context.Canceled)
+
+		f.onRequest(func(*request) faultKind { return unavailable })
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		versions, err := s.List(ctx, "m")
+		requireError(t, err, KindGatewayTimeout, "gcs.List", "m", "")
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Nil(t, versions)
+		f.onRequest(nil)
+
+		f.deny("storage.objects.list")
+		_, err = s.List(t.Context(), "m")
+		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
+		require.ErrorContains(t, err, "storage.objects.list")
+	})
+}
+
+// What goes wrong on one page adds no version twice.
+func TestListFaults(t *testing.T) {
+	for fault := refused; fault <= hungApplied; fault++ {
+		t.Run(fault.String(), func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				var want []string
+				for i := range 700 {
+					want = append(want, fmt.Sprintf("v1.%03d.0", i))
+				}
+				listedVersion(f, "m", want...)
+				f.onRequest(func(r *request) faultKind {
+					if r.N%2 == 0 {
+						return fault
+					}
+					return noFault
+				})
+				requireList(t, s, "m", want...)
+			})
+		})
+	}
+}
+
+// Access lists are most of what a list sends, unless they are not asked for.
+func TestListIsNarrow(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for i := range 300 {
+			listedVersion(f, "m", fmt.Sprintf("v1.%03d.0", i))
+		}
+		_, err := s.List(t.Context(), "m")
+		require.NoError(t, err)
+		require.Less(t, f.log()[0].Received/900, int64(300), "bytes for each object")
+	})
+}

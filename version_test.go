@@ -1,0 +1,264 @@
+package gcs
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/stretchr/testify/require"
+)
+
+// longModule makes object names of size bytes with the version v1.0.0.
+func longModule(size int) string {
+	return strings.Repeat("m", size-len("/@v/v1.0.0.info"))
+}
+
+var badModules = []struct{ name, module string }{
+	{"empty", ""},
+	{"NUL", "a\x00b"},
+	{"newline", "a\nb"},
+	{"carriage return", "a\rb"},
+	{"DEL", "a\x7fb"},
+	{"a control character beyond ASCII", "a\u0085b"},
+	{"invalid UTF-8", "a\xffb"},
+	{"half a rune", "a\xe2\x82"},
+	{"dot", "."},
+	{"dots", ".."},
+	{"dot element", "a/./b"},
+	{"dots element", "a/../b"},
+	{"dots first", "../a"},
+	{"dots last", "a/.."},
+	{"slash", "/"},
+	{"leading slash", "/a"},
+	{"trailing slash", "a/"},
+	{"double slash", "a//b"},
+	{"@v inside", "a/@v/b"},
+	{"@v last", "a/@v"},
+	{"kept by GCS", ".well-known/acme-challenge/a"},
+	{"kept by GCS with what follows", ".well-known/acme-challenge"},
+	{"longer than any object", strings.Repeat("m", 1025)},
+}
+
+// calls are the methods that are about one version.
+var calls = map[string]func(t *testing.T, s *Storage, module, vers string) error{
+	"Save": func(t *testing.T, s *Storage, module, vers string) error {
+		return saveVersion(t.Context(), s, module, vers)
+	},
+	"Exists": func(t *testing.T, s *Storage, module, vers string) error {
+		ok, err := s.Exists(t.Context(), module, vers)
+		require.Equal(t, err == nil, ok)
+		return err
+	},
+	"Info": func(t *testing.T, s *Storage, module, vers string) error {
+		_, err := s.Info(t.Context(), module, vers)
+		return err
+	},
+	"GoMod": func(t *testing.T, s *Storage, module, vers string) error {
+		_, err := s.GoMod(t.Context(), module, vers)
+		return err
+	},
+	"Zip": func(t *testing.T, s *Storage, module, vers string) error {
+		r, err := s.Zip(t.Context(), module, vers)
+		if err != nil {
+			require.Nil(t, r, "an interface that holds nothing must be nil")
+			return err
+		}
+		_, err = io.Copy(io.Discard, r)
+		require.NoError(t, r.Close())
+		return err
+	},
+	"Delete": func(t *testing.T, s *Storage, module, vers string) error {
+		return s.Delete(t.Context(), module, vers)
+	},
+}
+
+// Names that no version can have are refused before any request.
+func TestBadNames(t *testing.T) {
+	type row struct{ name, module, version string }
+	rows := []row{
+		{"empty version", "m", ""},
+		{"slash in a version", "m", "a/b"},
+		{"version that leaves its folder", "m", "../v1.0.0"},
+		{"NUL in a version", "m", "v1\x00"},
+		{"newline in a version", "m", "v1\n"},
+		{"invalid UTF-8 in a version", "m", "v\xff"},
+		{"dot version", "m", "."},
+		{"dots version", "m", ".."},
+		{"name of 1025 bytes", longModule(1025), "v1.0.0"},
+		{"long version", "m", strings.Repeat("v", 1025)},
+		{"both empty", "", ""},
+	}
+	for _, bad := range badModules {
+		rows = append(rows, row{"module: " + bad.name, bad.module, "v1.0.0"})
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				for op, call := range calls {
+					requireError(t, call(t, s, row.module, row.version), KindBadRequest, "gcs."+op, row.module, row.version)
+				}
+				require.Empty(t, f.log())
+			})
+		})
+	}
+}
+
+func TestBadModules(t *testing.T) {
+	for _, bad := range badModules {
+		t.Run(bad.name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				versions, err := s.List(t.Context(), bad.module)
+				requireError(t, err, KindBadRequest, "gcs.List", bad.module, "")
+				require.Nil(t, versions)
+				require.Empty(t, f.log())
+			})
+		})
+	}
+}
+
+func TestNilZip(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		err := s.Save(t.Context(), "m", "v1.0.0", []byte("mod"), nil, nil, []byte("info"))
+		requireError(t, err, KindBadRequest, "gcs.Save", "m", "v1.0.0")
+		require.ErrorContains(t, err, "zip")
+		require.Empty(t, f.log())
+	})
+}
+
+// Names that the go command would not accept, Athens and its tests do.
+func TestGoodNames(t *testing.T) {
+	modules := []string{
+		"m",
+		"benchListModule",
+		"github.com/Azure/azure-sdk-for-go",
+		"github.com/Azure/azure-sdk-for-go/v68",
+		"gopkg.in/yaml.v3",
+		"example.com/v",
+		"example.com/a.zip",
+		"例え.jp/モジュール",
+		"a b/c%2F+?#&=~!*'(),;:@[]{}|\\^`\"<>$",
+		"...",
+		".well-known/acme",
+		".well-known/acme-challenges/a",
+	}
+	versions := []string{
+		"v1.0.0",
+		"1.0.1",
+		"yyy",
+		"delete123",
+		"v1",
+		"v1.0.0+incompatible",
+		"v0.0.0-20200102030405-abcdefabcdef",
+		"v1.0.0-rc.1",
+		"list",
+		"latest",
+		"v1.info",
+		"v1.mod.zip",
+		"版",
+		"a b%2F?#@",
+		"...",
+		"@v",
+	}
+	type row struct{ module, version string }
+	rows := []row{{longModule(1024), "v1.0.0"}}
+	for _, module := range modules {
+		rows = append(rows, row{module, "v1.0.0"})
+	}
+	for _, vers := range versions {
+		rows = append(rows, row{"example.com/m", vers})
+	}
+	for _, row := range rows {
+		t.Run(fmt.Sprintf("%.40s@%s", row.module, row.version), func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				require.NoError(t, saveVersion(t.Context(), s, row.module, row.version))
+				prefix := row.module + "/@v/" + row.version
+				require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.names())
+
+				list, err := s.List(t.Context(), row.module)
+				require.NoError(t, err)
+				require.Equal(t, []string{row.version}, list)
+				catalog, _, err := s.Catalog(t.Context(), "", 1)
+				require.NoError(t, err)
+				require.Equal(t, []ModuleVersion{{row.module, row.version}}, catalog)
+				for _, op := range []string{"Exists", "Info", "GoMod", "Zip", "Delete"} {
+					require.NoError(t, calls[op](t, s, row.module, row.version), op)
+				}
+				require.Empty(t, f.names())
+			})
+		})
+	}
+}
+
+// Objects that are of no version are nobody's.
+func TestParseObjectForeign(t *testing.T) {
+	for _, name := range []string{
+		"",
+		"index.html",
+		"m/@v/",
+		"m/@v/list",
+		"m/@v/v1.0.0",
+		"m/@v/.info",
+		"m/@v/..info",
+		"m/@v/v1.0.0.lck",
+		"m/@v/v1.0.0.INFO",
+		"m/@v/v1.0.0.ziphash",
+		"m/@v/v1.0.0.zip.tmp",
+		"m/@v/a/v1.0.0.zip",
+		"m/@latest",
+		"/@v/v1.0.0.info",
+		"m//@v/v1.0.0.info",
+		"m@v/v1.0.0.info",
+		"../@v/v1.0.0.info",
+		"m/@v/v1\xff.info",
+		"m/@v/x/@v/v1.0.0.info",
+	} {
+		if v, ext, ok := parseObject(name); ok {
+			t.Errorf("parseObject(%q) is %q, %q", name, v, ext)
+		}
+	}
+}
+
+// Every version has object names that GCS takes, and that are those of no other
+// version.
+func FuzzObjectName(f *testing.F) {
+	for _, seed := range []struct{ module, version string }{
+		{"github.com/Azure/azure-sdk-for-go", "v1.0.0+incompatible"},
+		{"例え.jp/モジュール", "版"},
+		{"m", "v1.info"},
+		{"m", "v1.zip.mod"},
+		{"m/v2", "..."},
+		{"a/@v/b", "v1"},
+		{"@v", "@v"},
+		{"m/@v/v1.info", "v1"},
+		{"m/@v/v1.0.0.zip", ""},
+		{"/@v/.info", ".."},
+		{".well-known/acme-challenge", "v1"},
+		{"a\xff", "v1\n"},
+		{longModule(1024), "v1.0.0"},
+		{longModule(1025), "v1.0.0"},
+	} {
+		f.Add(seed.module, seed.version)
+	}
+	exts := []string{extInfo, extMod, extZip}
+	f.Fuzz(func(t *testing.T, module, vers string) {
+		if v, err := newVersion(module, vers); err == nil {
+			for _, ext := range exts {
+				name := v.object(ext)
+				if len(name) > 1024 || !utf8.ValidString(name) || strings.ContainsAny(name, "\r\n") ||
+					strings.HasPrefix(name, ".well-known/acme-challenge/") {
+					t.Errorf("GCS does not take %q", name)
+				}
+				if got, gotExt, ok := parseObject(name); !ok || got != v || gotExt != ext {
+					t.Errorf("parseObject(%q) is %q, %q, %v", name, got, gotExt, ok)
+				}
+			}
+		}
+		// The first argument is as good an object name as any.
+		if v, ext, ok := parseObject(module); ok && (v.object(ext) != module || !slices.Contains(exts, ext)) {
+			t.Errorf("parseObject(%q) is %q, %q", module, v, ext)
+		}
+	})
+}
