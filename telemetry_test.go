@@ -1,0 +1,549 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// watcher is what an operator would look at.
+type watcher struct {
+	t      *testing.T
+	traces *tracetest.InMemoryExporter
+	reader *metric.ManualReader
+}
+
+// watch sets OpenTelemetry's global providers until the test ends. A Storage is
+// seen if it is made after that.
+func watch(t *testing.T) watcher {
+	w := watcher{t, tracetest.NewInMemoryExporter(), metric.NewManualReader()}
+	tracers := sdktrace.NewTracerProvider(sdktrace.WithSyncer(w.traces))
+	meters := metric.NewMeterProvider(metric.WithReader(w.reader))
+	oldTracers, oldMeters := otel.GetTracerProvider(), otel.GetMeterProvider()
+	otel.SetTracerProvider(tracers)
+	otel.SetMeterProvider(meters)
+	t.Cleanup(func() {
+		otel.SetTracerProvider(oldTracers)
+		otel.SetMeterProvider(oldMeters)
+		tracers.Shutdown(context.Background())
+		meters.Shutdown(context.Background())
+	})
+	return w
+}
+
+// spans returns those of this package that have ended since it was last called.
+func (w watcher) spans() (spans tracetest.SpanStubs) {
+	for _, span := range w.traces.GetSpans() {
+		if span.InstrumentationScope.Name == scope {
+			spans = append(spans, span)
+		}
+	}
+	w.traces.Reset()
+	return spans
+}
+
+// measure returns an instrument's sum for each outcome, "" for none.
+func (w watcher) measure(name, unit string) map[string]float64 {
+	w.t.Helper()
+	var all metricdata.ResourceMetrics
+	require.NoError(w.t, w.reader.Collect(context.Background(), &all))
+	sums := map[string]float64{}
+	add := func(attrs attribute.Set, monotonic bool, value float64) {
+		require.True(w.t, monotonic)
+		outcome, _ := attrs.Value("outcome")
+		sums[outcome.AsString()] += value
+	}
+	for _, s := range all.ScopeMetrics {
+		for _, m := range s.Metrics {
+			if s.Scope.Name != scope || m.Name != name {
+				continue
+			}
+			require.Equal(w.t, unit, m.Unit)
+			require.NotEmpty(w.t, m.Description)
+			switch data := m.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, p := range data.DataPoints {
+					add(p.Attributes, data.IsMonotonic, float64(p.Value))
+				}
+			case metricdata.Sum[float64]:
+				for _, p := range data.DataPoints {
+					add(p.Attributes, data.IsMonotonic, p.Value)
+				}
+			}
+		}
+	}
+	return sums
+}
+
+func (w watcher) saves() map[string]float64 { return w.measure("gcs.saves", "{save}") }
+
+func (w watcher) waited() float64 { return w.measure("gcs.saves.waited", "s")[""] }
+
+func (w watcher) renewalsFailed() float64 { return w.measure("gcs.renewals.failed", "{renewal}")[""] }
+
+// leave makes leftovers of a version, each as a save of that id would, and lets a
+// second pass, before which GCS would take no other.
+func leave(f *fakeGCS, mark map[string]string, exts ...string) {
+	for _, ext := range exts {
+		if ext == extMod {
+			f.put(objectName(ext), nil, mark)
+		} else {
+			f.put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
+		}
+	}
+	time.Sleep(time.Second)
+}
+
+func TestSpans(t *testing.T) {
+	broken := errors.New("broken")
+	stored := func(t *testing.T, f *fakeGCS, s *Storage) {
+		require.NoError(t, contentOf("other", 100).save(t.Context(), s))
+	}
+	for _, test := range []struct {
+		name    string
+		prepare func(t *testing.T, f *fakeGCS, s *Storage)
+		call    func(ctx context.Context, s *Storage) error
+		span    string
+		on      version
+		outcome string
+		err     error // that must be recorded
+	}{
+		{"a new version", nil, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "stored", nil},
+		{"one that exists", stored, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "existed", nil},
+		{"over a part", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, nil, extMod)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		{"over leftovers without a .mod", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, nil, extInfo)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		{"an unfinished one", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "finished another's", nil},
+		{"a zip that breaks off", nil, func(ctx context.Context, s *Storage) error {
+			return s.Save(ctx, testModule, testVersion, nil, failingReader{broken}, nil, nil)
+		}, "gcs.Save", version{testModule, testVersion}, "failed", broken},
+		{"no zip", nil, func(ctx context.Context, s *Storage) error {
+			return s.Save(ctx, testModule, testVersion, nil, nil, nil, nil)
+		}, "gcs.Save", version{testModule, testVersion}, "failed", errors.New("nil")},
+		{"exists", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "ok", nil},
+		{"exists without permission", func(t *testing.T, f *fakeGCS, s *Storage) {
+			f.deny("storage.objects.list")
+		}, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "failed", errors.New("storage.objects.list")},
+		{"info", stored, func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Info", version{testModule, testVersion}, "ok", nil},
+		{"no info", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Info", version{testModule, testVersion}, "not found", nil},
+		{"go.mod", stored, func(ctx context.Context, s *Storage) error {
+			_, err := s.GoMod(ctx, testModule, testVersion)
+			return err
+		}, "gcs.GoMod", version{testModule, testVersion}, "ok", nil},
+		{"zip", stored, func(ctx context.Context, s *Storage) error {
+			zip, err := s.Zip(ctx, testModule, testVersion)
+			if err == nil {
+				zip.Close()
+			}
+			return err
+		}, "gcs.Zip", version{testModule, testVersion}, "ok", nil},
+		{"no zip", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Zip(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Zip", version{testModule, testVersion}, "not found", nil},
+		{"list", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.List(ctx, testModule)
+			return err
+		}, "gcs.List", version{testModule, ""}, "ok", nil},
+		{"list nothing", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.List(ctx, "a//b")
+			return err
+		}, "gcs.List", version{"a//b", ""}, "failed", errors.New("empty element")},
+		{"catalog", nil, func(ctx context.Context, s *Storage) error {
+			_, _, err := s.Catalog(ctx, "", 0)
+			return err
+		}, "gcs.Catalog", version{}, "ok", nil},
+		{"delete", stored, func(ctx context.Context, s *Storage) error {
+			return s.Delete(ctx, testModule, testVersion)
+		}, "gcs.Delete", version{testModule, testVersion}, "ok", nil},
+		{"delete nothing", nil, func(ctx context.Context, s *Storage) error {
+			return s.Delete(ctx, testModule, testVersion)
+		}, "gcs.Delete", version{testModule, testVersion}, "not found", nil},
+		{"a context that has ended", nil, func(ctx context.Context, s *Storage) error {
+			ctx, cancel := context.WithCancel(ctx)
+			cancel()
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "failed", context.Canceled},
+		{"stash", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", nil)).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "ok", nil},
+		{"stash of what another has saved", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", &Error{Kind: KindAlreadyExists})).Stash(ctx, testModule, "master")
+			return err
+		}, "gcs.Stash", version{testModule, "master"}, "ok", nil},
+		{"stash that fails", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", broken)).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "failed", broken},
+		{"stash of what there is not", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", &Error{Kind: KindNotFound, Err: broken})).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "not found", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				w := watch(t)
+				s := NewStorage(f.machine("a").bucket)
+				if test.prepare != nil {
+					test.prepare(t, f, s)
+					w.spans()
+				}
+				ctx, parent := otel.Tracer("test").Start(t.Context(), "request")
+				start := time.Now()
+				err := test.call(ctx, s)
+				took := time.Since(start)
+				parent.End()
+
+				spans := w.spans()
+				require.Len(t, spans, 1)
+				span := spans[0]
+				require.Equal(t, test.span, span.Name)
+				require.Equal(t, trace.SpanKindClient, span.SpanKind)
+				require.Equal(t, parent.SpanContext().SpanID(), span.Parent.SpanID())
+				require.Equal(t, took, span.EndTime.Sub(span.StartTime))
+				require.ElementsMatch(t, []attribute.KeyValue{
+					attribute.String("module", test.on.module),
+					attribute.String("version", test.on.version),
+					attribute.String("outcome", test.outcome),
+				}, span.Attributes)
+				if test.err == nil {
+					require.Equal(t, codes.Unset, span.Status.Code)
+					require.Empty(t, span.Events)
+					return
+				}
+				require.ErrorContains(t, err, test.err.Error())
+				require.Equal(t, sdktrace.Status{Code: codes.Error, Description: err.Error()}, span.Status)
+				require.Len(t, span.Events, 1)
+				require.Equal(t, "exception", span.Events[0].Name)
+				require.Contains(t, span.Events[0].Attributes, attribute.String("exception.message", err.Error()))
+			})
+		})
+	}
+}
+
+// answering is a Stasher with one answer.
+func answering(vers string, err error) Stasher {
+	return stashFunc(func(context.Context, string, string) (string, error) { return vers, err })
+}
+
+type failingReader struct{ err error }
+
+func (r failingReader) Read([]byte) (int, error) { return 0, r.err }
+
+// Each caller has a span, and what the first of them caused is below its own.
+func TestSpansOfSharedStash(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a := newReplica(f, &origin{takes: time.Second}, "a")
+		var group sync.WaitGroup
+		for range 3 {
+			group.Go(func() {
+				_, err := a.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+			})
+		}
+		group.Wait()
+		var stashes []trace.SpanID
+		var save []tracetest.SpanStub
+		for _, span := range w.spans() {
+			if span.Name == "gcs.Stash" {
+				stashes = append(stashes, span.SpanContext.SpanID())
+			} else {
+				save = append(save, span)
+			}
+		}
+		require.Len(t, stashes, 3)
+		require.Len(t, save, 1)
+		require.Equal(t, "gcs.Save", save[0].Name)
+		require.Contains(t, stashes, save[0].Parent.SpanID())
+	})
+}
+
+func TestSavesByOutcome(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		s := NewStorage(f.machine("a").bucket)
+		require.Empty(t, w.saves())
+		a := contentOf("a", 100)
+		want := map[string]float64{}
+		for range 3 {
+			require.NoError(t, a.save(t.Context(), s))
+			want[outcomeStored]++
+			require.Equal(t, want, w.saves())
+
+			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
+			want[outcomeExisted]++
+			require.Equal(t, want, w.saves())
+
+			f.remove(objectName(extZip))
+			require.NoError(t, a.save(t.Context(), s))
+			want[outcomeTookOver]++
+			require.Equal(t, want, w.saves())
+
+			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
+			want[outcomeFinished]++
+			require.Equal(t, want, w.saves())
+
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+			requireKind(t, a.saveFrom(t.Context(), s, brokenReader{}), KindUnexpected)
+			want[outcomeFailed]++
+			require.Error(t, s.Save(t.Context(), "", "", nil, nil, nil, nil))
+			want[outcomeFailed]++
+			require.Equal(t, want, w.saves())
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		}
+		require.Equal(t, []string{"stored", "existed", "took over", "finished another's", "failed"},
+			[]string{outcomeStored, outcomeExisted, outcomeTookOver, outcomeFinished, outcomeFailed})
+	})
+}
+
+// The time that a save, and a stash, spends on waiting for another's save is
+// counted, and no other.
+func TestSecondsWaited(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a := contentOf("a", 100)
+		s := NewStorage(f.machine("a").bucket)
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(a.zip))
+			require.NoError(t, a.saveFrom(t.Context(), s, zip))
+		})
+		time.Sleep(time.Second)
+		require.Zero(t, w.waited())
+		requireKind(t, a.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		group.Wait()
+		once := w.waited()
+		require.InDelta(t, 19, once, 2)
+
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		o := &origin{takes: 20 * time.Second}
+		for _, r := range newFleet(f, o, 3) { // two of which wait
+			group.Go(func() {
+				_, err := r.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+			})
+		}
+		group.Wait()
+		require.InDelta(t, 40, w.waited()-once, 5)
+		require.Zero(t, w.renewalsFailed())
+	})
+}
+
+func TestRenewalsFailed(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fault faultKind
+		first int // so many requests, of a save that renews after 30, 60 and 90 seconds
+		want  float64
+	}{
+		{"none", noFault, 0, 0},
+		{"all", unavailable, 1000, 3},
+		{"all hung", hung, 1000, 3},
+		{"one hung", hung, 1, 1},
+		{"one, for a moment", unavailable, 1, 0}, // it is made again
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				w := watch(t)
+				start, patches := time.Now(), 0
+				f.onRequest(func(r *request) faultKind {
+					if r.Op == "patch" && time.Since(start) < 100*time.Second {
+						if patches++; patches <= test.first {
+							return test.fault
+						}
+					}
+					return noFault
+				})
+				a := contentOf("a", 100)
+				zip := io.MultiReader(sleepReader(110*time.Second), bytes.NewReader(a.zip))
+				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+				requireStored(t, f, a)
+				require.Equal(t, test.want, w.renewalsFailed())
+			})
+		})
+	}
+}
+
+// A renewal that comes too late because the version was taken over has not
+// failed: the holder is fenced, and the log says so.
+func TestFencedIsLogged(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		log := &syncedLog{}
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
+			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket, log.option()), zip), KindAlreadyExists)
+		})
+		time.Sleep(time.Second)
+		fast := NewStorage(f.machine("b").bucket)
+		fast.now = func() time.Time { return time.Now().Add(time.Hour) }
+		require.NoError(t, b.save(t.Context(), fast))
+		group.Wait()
+		requireStored(t, f, b)
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "fenced")
+		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		require.Zero(t, w.renewalsFailed())
+		require.Equal(t, map[string]float64{"took over": 1, "existed": 1}, w.saves())
+	})
+}
+
+// A marker that cannot be given up is worth a warning: the next save waits.
+func TestStuckMarkerIsLogged(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		f.deny("storage.objects.update")
+		s := NewStorage(f.machine("a").bucket, log.option())
+		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, brokenReader{}), KindUnexpected)
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "could not give a marker up")
+		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		require.Contains(t, log.String(), "storage.objects.update")
+	})
+}
+
+func TestHealedIsLogged(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		prepare func(f *fakeGCS)
+		call    func(ctx context.Context, s *Storage) error
+		message string
+	}{
+		{"partial", func(f *fakeGCS) { leave(f, nil, extMod, extInfo) }, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`},
+		{"abandoned", func(f *fakeGCS) { leave(f, marked(givenUp, "other"), extMod) }, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=abandoned`},
+		{"unfinished, by Save", leaveUnfinished, func(ctx context.Context, s *Storage) error {
+			err := contentOf("a", 100).save(ctx, s)
+			if !Is(err, KindAlreadyExists) {
+				return err
+			}
+			return nil
+		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		{"unfinished, by Exists", leaveUnfinished, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		{"unfinished, by Catalog", leaveUnfinished, func(ctx context.Context, s *Storage) error {
+			_, _, err := s.Catalog(ctx, "", 0)
+			return err
+		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				test.prepare(f)
+				log := &syncedLog{}
+				require.NoError(t, test.call(t.Context(), NewStorage(f.machine("a").bucket, log.option())))
+				require.Contains(t, log.String(), test.message)
+				require.Len(t, log.lines(slog.LevelInfo), 1)
+				require.Empty(t, log.lines(slog.LevelWarn))
+			})
+		})
+	}
+}
+
+func leaveUnfinished(f *fakeGCS) {
+	leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+}
+
+// Where nothing is out of order, nothing is logged, at any level.
+func TestNothingIsLogged(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		a := contentOf("a", 100)
+		s := NewStorage(f.machine("a").bucket, option)
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
+			require.NoError(t, a.saveFrom(t.Context(), s, zip))
+		})
+		time.Sleep(time.Second)
+		requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
+		group.Wait()
+		for range 2 {
+			_, err := s.Exists(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			_, err = s.List(t.Context(), testModule)
+			require.NoError(t, err)
+			_, err = s.Info(t.Context(), testModule, testVersion)
+			require.True(t, err == nil || Is(err, KindNotFound))
+			err = s.Delete(t.Context(), testModule, testVersion)
+			require.True(t, err == nil || Is(err, KindNotFound))
+		}
+		requireKind(t, a.saveFrom(t.Context(), s, brokenReader{}), KindUnexpected) // the caller knows
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		for _, r := range newFleet(f, &origin{takes: time.Minute}, 3, option) {
+			group.Go(func() {
+				_, err := r.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+			})
+		}
+		group.Wait()
+		require.Empty(t, log.String())
+	})
+}
+
+// What is told to nobody costs next to nothing.
+func TestSilenceIsCheap(t *testing.T) {
+	s := NewStorage(newFakeGCS(t).machine("a").bucket, WithLogger(nil))
+	v := version{testModule, testVersion}
+	ctx := context.Background()
+	allocs := testing.AllocsPerRun(1000, func() {
+		_, c := s.begin(ctx, "Exists", v)
+		c.close(nil)
+	})
+	t.Logf("%v allocations a call", allocs)
+	require.LessOrEqual(t, allocs, 6.0)
+	require.False(t, s.log.Enabled(ctx, slog.LevelError))
+}
