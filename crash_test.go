@@ -1,0 +1,320 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A cut is where a call is cut off: at one of its requests, which are told apart
+// by what they do and to what. Without a request it is not.
+type cut struct {
+	at   string
+	kind faultKind
+}
+
+// A machine that crashes says nothing more. A caller that gives up leaves the
+// library the time to clean up behind itself.
+var cutKinds = map[faultKind]string{
+	crashBefore: "crash before",
+	crashAfter:  "crash after",
+	hung:        "give up before",
+	hungApplied: "give up after",
+}
+
+func (c cut) String() string { return cutKinds[c.kind] + " " + c.at }
+
+func (c cut) crashes() bool { return c.kind == crashBefore || c.kind == crashAfter }
+
+// cutAt names a machine's requests, in an order that does not depend on which of
+// two that go out together is first.
+func cutAt(log []request, machine string) (names []string) {
+	seen := map[string]int{}
+	for _, r := range log {
+		if r.Machine != machine {
+			continue
+		}
+		name := r.Op + " " + strings.TrimPrefix(r.Object, testModule+"/@v/"+testVersion)
+		names = append(names, fmt.Sprintf("%s %d", name, seen[name]))
+		seen[name]++
+	}
+	slices.Sort(names)
+	return names
+}
+
+// crashThreshold is shorter than the default, which takes many polls to wait for.
+const crashThreshold = 10 * time.Second
+
+type cutCall func(ctx context.Context, s *Storage, c content) error
+
+func cutSave(ctx context.Context, s *Storage, c content) error { return c.save(ctx, s) }
+
+func cutDelete(ctx context.Context, s *Storage, _ content) error {
+	return s.Delete(ctx, testModule, testVersion)
+}
+
+func cutExists(ctx context.Context, s *Storage, _ content) error {
+	_, err := s.Exists(ctx, testModule, testVersion)
+	return err
+}
+
+// A crashScene is what is found in the bucket, and the calls made of it, one
+// after another, each by a machine of its own and each cut off.
+type crashScene struct {
+	name  string
+	found func(f *fakeGCS)
+	calls []cutCall
+	// slow are the requests that come second when two are made at once: those
+	// that do this, or to this object.
+	slow []string
+	over bool // a save over what is left of another,
+	twin bool // which another scene differs from only in the kind of the marker
+}
+
+// play runs the scene and checks what comes after it. It returns the names of
+// the last call's requests.
+func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
+	t.Helper()
+	what := sc.name
+	for _, c := range cuts {
+		what += fmt.Sprintf(", %v", c)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		f, start := newFakeGCS(t), time.Now()
+		defer func() {
+			if t.Failed() {
+				t.Log(what)
+				for _, r := range f.log() {
+					t.Log(r.Start.Sub(start), r)
+				}
+			}
+		}()
+		f.setLatency(20 * time.Millisecond)
+		sc.found(f)
+		stored := map[string]content{"old": contentOf("old", 50)}
+		began := time.Now()
+		for i, c := range cuts {
+			who := string(rune('a' + i))
+			stored[who] = contentOf(who, 100+i)
+			before := f.log()
+			sc.cutOff(t, f, sc.calls[i], who, stored[who], c)
+			names = cutAt(f.log()[len(before):], who)
+			if i+1 < len(cuts) && c.crashes() {
+				time.Sleep(crashThreshold) // who comes next need not wait for the marker
+			}
+			began = time.Now()
+		}
+		f.onRequest(nil)
+		last := cuts[len(cuts)-1]
+
+		// A version without its .mod does not exist, whatever else a delete left.
+		s := NewStorage(f.machine("s").bucket, WithStaleThreshold(crashThreshold))
+		if f.get(objectName(extMod)) == nil {
+			exists, err := s.Exists(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.False(t, exists)
+		}
+		stored["s"] = contentOf("s", 200)
+		err := stored["s"].save(t.Context(), s)
+		limit := time.Second
+		if last.crashes() {
+			limit = crashThreshold + 2*time.Second // the last poll
+		}
+		require.Less(t, time.Since(began), limit)
+		winner := whoseVersion(t, f, stored)
+		if err == nil {
+			require.Equal(t, "s", winner)
+		} else {
+			requireKind(t, err, KindAlreadyExists)
+			require.NotEqual(t, "s", winner)
+		}
+		began = time.Now()
+		s = NewStorage(f.machine("t").bucket, WithStaleThreshold(crashThreshold))
+		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
+		require.Less(t, time.Since(began), time.Second)
+		exists, err := s.Exists(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.True(t, exists)
+		require.Equal(t, winner, whoseVersion(t, f, stored))
+	})
+	return names
+}
+
+// cutOff makes a call and returns when it is cut off, or has come to its end.
+func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, c content, at cut) {
+	ctx, cancel := context.WithCancel(t.Context())
+	crashed, returned := make(chan struct{}), make(chan error, 1)
+	var mu sync.Mutex
+	fired := false
+	seen := map[string]int{}
+	m := f.machine(who)
+	f.onRequest(func(r *request) faultKind {
+		if r.Machine != who {
+			return noFault
+		}
+		name := strings.TrimSuffix(cutAt([]request{*r}, who)[0], "0")
+		for _, op := range strings.Fields(name) {
+			if slices.Contains(sc.slow, op) {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		n := seen[name]
+		seen[name]++
+		if fired || fmt.Sprint(name, n) != at.at {
+			return noFault
+		}
+		fired = true
+		if at.crashes() {
+			time.AfterFunc(20*time.Millisecond, func() { close(crashed) })
+		} else {
+			time.AfterFunc(20*time.Millisecond, cancel)
+		}
+		return at.kind
+	})
+	go func() { returned <- call(ctx, NewStorage(m.bucket, WithStaleThreshold(crashThreshold)), c) }()
+	select {
+	case <-crashed: // the call goes on until the test ends, but is not heard
+	case err := <-returned:
+		cancel()
+		require.Equal(t, at.at != "", fired, "the request is never made")
+		if at.at == "" && err != nil && !Is(err, KindNotFound) {
+			requireKind(t, err, KindAlreadyExists)
+		}
+	}
+}
+
+// whoseVersion returns whose three objects a complete version has.
+func whoseVersion(t *testing.T, f *fakeGCS, stored map[string]content) string {
+	t.Helper()
+	info, mod, zip := f.get(objectName(extInfo)), f.get(objectName(extMod)), f.get(objectName(extZip))
+	require.True(t, info != nil && mod != nil && zip != nil, "the version has only %v", f.names())
+	require.Empty(t, mod.Metadata)
+	for _, who := range slices.Sorted(maps.Keys(stored)) {
+		if c := stored[who]; bytes.Equal(mod.Data, c.mod) {
+			require.Equal(t, c.info, info.Data)
+			require.True(t, bytes.Equal(c.zip, zip.Data), "the zip is %.40q", zip.Data)
+			return who
+		}
+	}
+	require.Fail(t, "nobody's go.mod", "%q", mod.Data)
+	return ""
+}
+
+// crashScenes are the beginnings of all scenes. What is left of older saves is
+// every subset of the objects, with every kind of marker that a save need not
+// wait for; those that it waits for become stale, and are then no different.
+func crashScenes() []crashScene {
+	old := contentOf("old", 50)
+	stale := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old")
+	leave := func(exts string, marker, rest map[string]string) func(*fakeGCS) {
+		return func(f *fakeGCS) {
+			created := time.Now().Add(-time.Hour)
+			for ext, data := range map[string][]byte{extInfo: old.info, extMod: old.mod, extZip: old.zip} {
+				metadata := rest
+				if ext == extMod {
+					metadata = marker
+				}
+				if strings.Contains(exts, ext) {
+					f.putAt(objectName(ext), data, metadata, created)
+				}
+			}
+		}
+	}
+	saved := map[string]string{keySaveID: "old"}
+	scenes := []crashScene{
+		{name: "exists finishes", found: leave("info mod zip", stale, saved), calls: []cutCall{cutExists}},
+		{name: "delete", found: leave("info mod zip", nil, saved), calls: []cutCall{cutDelete}},
+		{name: "delete of an abandoned save", found: leave("info mod", stale, saved), calls: []cutCall{cutDelete}},
+		{name: "delete of leftovers", found: leave("info zip", nil, saved), calls: []cutCall{cutDelete}},
+		{name: "over objects of two saves", found: leave("info mod zip", stale, map[string]string{keySaveID: "older"})},
+	}
+	for _, op := range []string{"insert", "list"} {
+		for _, ext := range []string{extInfo, extZip} {
+			scenes = append(scenes, crashScene{
+				name:  "new, with a slow " + op + " and a slow " + ext,
+				found: leave("", nil, nil),
+				slow:  []string{op, "." + ext},
+			})
+		}
+	}
+	markers := map[string]map[string]string{
+		"without marker":     nil,
+		"stale":              stale,
+		"given up":           marked(givenUp, "old"),
+		"marked by old ones": {keyInProgressOld: "true"},
+	}
+	for _, exts := range []string{"info", "zip", "info zip", "mod", "info mod", "mod zip", "info mod zip"} {
+		for _, marker := range slices.Sorted(maps.Keys(markers)) {
+			if !strings.Contains(exts, extMod) && marker != "without marker" {
+				continue
+			}
+			scenes = append(scenes, crashScene{
+				name:  "over " + exts + " " + marker,
+				found: leave(exts, markers[marker], saved),
+				over:  true,
+				twin:  marker == "stale" || marker == "marked by old ones",
+			})
+		}
+	}
+	for i := range scenes {
+		if scenes[i].slow == nil {
+			scenes[i].slow = []string{"insert", ".zip"}
+		}
+		if scenes[i].calls == nil {
+			scenes[i].calls = []cutCall{cutSave}
+		}
+	}
+	return scenes
+}
+
+// A machine is cut off at each request of each call. The next save succeeds, at
+// once or when the marker is stale, and the version is one save's.
+func TestCrashOnce(t *testing.T) {
+	for _, sc := range crashScenes() {
+		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
+			for _, at := range sc.play(t, cut{}) {
+				for kind := range cutKinds {
+					sc.play(t, cut{at, kind})
+				}
+			}
+		})
+	}
+}
+
+// The next machine is cut off too, at each of its requests.
+func TestCrashTwice(t *testing.T) {
+	nexts := map[string]cutCall{"save": cutSave, "delete": cutDelete, "exists": cutExists}
+	for _, sc := range crashScenes() {
+		for next, call := range nexts {
+			if sc.over && next != "save" || sc.twin {
+				continue // the first crash leaves nothing that other scenes do not
+			}
+			sc := sc
+			sc.calls = append(slices.Clip(sc.calls), call)
+			t.Run(sc.name+" then "+next, func(t *testing.T) {
+				t.Parallel()
+				for _, at := range sc.play(t, cut{}) {
+					for _, kind := range []faultKind{crashBefore, crashAfter} {
+						for _, at2 := range sc.play(t, cut{at, kind}, cut{}) {
+							for _, kind2 := range []faultKind{crashBefore, crashAfter} {
+								sc.play(t, cut{at, kind}, cut{at2, kind2})
+							}
+						}
+					}
+				}
+			})
+		}
+	}
+}

@@ -1,0 +1,208 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A faultScene is what is found in the bucket, and a call whose every request
+// meets every fault.
+type faultScene struct {
+	name  string
+	found func(f *fakeGCS, old content)
+	size  int // of the zip
+	zip   func(io.ReadSeeker) io.Reader
+	call  func(ctx context.Context, s *Storage, c content, zip io.Reader) error
+	slow  string // which of two requests that go out together comes second
+}
+
+const (
+	faultChunk = 256 << 10
+	// faultLimit is how much later a call may end because of a fault: a request
+	// that hangs is sent again in time.
+	faultLimit = 2*requestTimeout + 5*time.Second
+)
+
+func faultScenes() []faultScene {
+	leave := func(marker map[string]string, exts ...string) func(*fakeGCS, content) {
+		return func(f *fakeGCS, old content) {
+			for _, ext := range exts {
+				data, metadata := map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext], marker
+				if ext != extMod {
+					metadata = map[string]string{keySaveID: "old"}
+				}
+				f.putAt(objectName(ext), data, metadata, time.Now().Add(-time.Hour))
+			}
+		}
+	}
+	seekable := func(r io.ReadSeeker) io.Reader { return r }
+	unseekable := func(r io.ReadSeeker) io.Reader { return plain(r) }
+	// A renewal is due at a quarter of the threshold.
+	slowly := func(r io.ReadSeeker) io.Reader {
+		return io.MultiReader(sleepReader(DefaultStaleThreshold/renewals+time.Second), r)
+	}
+	stale := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old")
+	scenes := []faultScene{
+		{name: "new", found: leave(nil)},
+		{name: "new, created before it is listed", found: leave(nil), slow: "list"},
+		{name: "new and slow", found: leave(nil), zip: slowly},
+		{name: "in chunks, seekable", found: leave(nil), size: 3*faultChunk - 1, zip: seekable},
+		{name: "in chunks, unseekable", found: leave(nil), size: 3*faultChunk - 1, zip: unseekable},
+		{name: "in chunks, slow", found: leave(nil), size: 3*faultChunk - 1, zip: slowly},
+		{name: "in chunks over another", found: leave(stale, extMod, extZip), size: 3*faultChunk - 1, zip: unseekable},
+		{name: "complete", found: leave(nil, extMod, extInfo, extZip)},
+		{name: "unfinished", found: leave(stale, extMod, extInfo, extZip)},
+		{name: "given up", found: leave(marked(givenUp, "old"), extMod, extInfo)},
+		{name: "partial", found: leave(nil, extMod, extZip)},
+		{name: "without .mod", found: leave(nil, extInfo, extZip)},
+		{name: "soon stale", found: func(f *fakeGCS, old content) {
+			f.put(objectName(extMod), old.mod, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
+			time.Sleep(100 * time.Millisecond)
+		}},
+		{name: "Exists finishes", found: leave(stale, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
+			ok, err := s.Exists(ctx, testModule, testVersion)
+			if err == nil && !ok {
+				err = errNothing
+			}
+			return err
+		}},
+		{name: "Delete", found: leave(nil, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
+			return s.Delete(ctx, testModule, testVersion)
+		}},
+	}
+	for i := range scenes {
+		sc := &scenes[i]
+		if sc.slow == "" {
+			sc.slow = "insert"
+		}
+		if sc.zip == nil {
+			sc.zip = unseekable
+		}
+		if sc.size == 0 {
+			sc.size = 100
+		}
+		if sc.call == nil {
+			sc.call = func(ctx context.Context, s *Storage, c content, zip io.Reader) error {
+				return c.saveFrom(ctx, s, zip)
+			}
+		}
+	}
+	return scenes
+}
+
+// seeks reports whether the scene's zip can be read again.
+func (sc faultScene) seeks() bool {
+	_, ok := sc.zip(bytes.NewReader(nil)).(io.Seeker)
+	return ok
+}
+
+// An ending is all that a call with a fault must have in common with one without.
+type ending struct {
+	kind   int
+	winner string // whose version is stored
+}
+
+// play makes the call, with a fault at one of its requests (see cutAt).
+func (sc faultScene) play(t *testing.T, at string, fault faultKind) (end ending, took time.Duration, names []string) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		f, start := newFakeGCS(t), time.Now()
+		defer func() {
+			if t.Failed() {
+				t.Logf("%s, %v at %s", sc.name, fault, at)
+				for _, r := range f.log() {
+					t.Log(r.Start.Sub(start), r)
+				}
+			}
+		}()
+		f.setLatency(20 * time.Millisecond)
+		old, a := contentOf("old", 50), contentOf("a", sc.size)
+		sc.found(f, old)
+
+		var mu sync.Mutex
+		seen, fired := map[string]int{}, false
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == sc.slow || r.Object == objectName(extZip) {
+				time.Sleep(time.Millisecond)
+			}
+			name := strings.TrimSuffix(cutAt([]request{*r}, "a")[0], "0")
+			mu.Lock()
+			defer mu.Unlock()
+			n := seen[name]
+			seen[name]++
+			if fired || fmt.Sprint(name, n) != at {
+				return noFault
+			}
+			fired = true
+			return fault
+		})
+		s := NewStorage(f.machine("a").bucket, WithChunkSize(faultChunk))
+		began := time.Now()
+		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
+		took, names, end.kind = time.Since(began), cutAt(f.log(), "a"), Kind(err)
+		require.Equal(t, at != "", fired, "the request is never made")
+		f.onRequest(nil)
+		if len(f.names()) != 0 && end.kind != KindUnexpected {
+			end.winner = whoseVersion(t, f, map[string]content{"old": old, "a": a})
+		}
+		if fault == stray {
+			f.land() // late, and to no effect
+			if end.winner != "" {
+				require.Equal(t, end.winner, whoseVersion(t, f, map[string]content{"old": old, "a": a}))
+			}
+		}
+		began = time.Now()
+		err = contentOf("b", 10).save(t.Context(), NewStorage(f.machine("b").bucket))
+		if end.winner != "" {
+			requireKind(t, err, KindAlreadyExists)
+		} else {
+			require.NoError(t, err)
+		}
+		require.Less(t, time.Since(began), time.Second)
+		requests, bodies := f.inFlight()
+		require.Zero(t, requests)
+		require.Zero(t, bodies)
+	})
+	return end, took, names
+}
+
+// One fault, of each kind and at each request, changes nothing but how long a
+// call takes.
+func TestOneFault(t *testing.T) {
+	for _, sc := range faultScenes() {
+		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
+			want, usually, names := sc.play(t, "", noFault)
+			for _, at := range names {
+				for _, fault := range []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany, hung, hungApplied, stray} {
+					end, took, _ := sc.play(t, at, fault)
+					limit := usually + faultLimit
+					if strings.HasPrefix(at, "start") || strings.HasPrefix(at, "chunk") {
+						limit += 3 * uploadTimeout(faultChunk)
+					}
+					hangs := fault == hung || fault == hungApplied || fault == stray
+					if hangs && strings.HasPrefix(at, "start") && !sc.seeks() {
+						// The only fault that costs a save, and the doc of Save says so:
+						// what was read for the first chunk is in the client's hands.
+						if end.winner != "" || took > limit {
+							t.Errorf("%v at %s: ended as %v after %v", fault, at, end, took)
+						}
+						continue
+					}
+					if end != want || took > limit {
+						t.Errorf("%v at %s: ended as %v after %v, and without it as %v after %v", fault, at, end, took, want, usually)
+					}
+				}
+			}
+		})
+	}
+}

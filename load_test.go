@@ -1,0 +1,188 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"sync"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/api/option"
+)
+
+// A load is what many callers want of a few machines at once.
+type load struct {
+	machines, callers, versions int
+	wanted                      int // by how many each version is
+	broken                      int // every so manieth call has a zip that cannot be read
+}
+
+var errLoad = errors.New("the zip cannot be read")
+
+// run has each version saved by as many callers as want it, one after another
+// in each caller but in an order of its own. It returns how many saves of each
+// version failed, as they had to.
+func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[string]int) {
+	var mu sync.Mutex
+	failed, winners := map[string]int{}, map[string]int{}
+	contents := map[string]content{}
+	wants := make([][]int, l.callers)
+	for i := range l.versions * l.wanted {
+		wants[i%l.callers] = append(wants[i%l.callers], i)
+	}
+	var group sync.WaitGroup
+	for caller, want := range wants {
+		rng := rand.New(rand.NewPCG(1, uint64(caller)))
+		rng.Shuffle(len(want), func(i, j int) { want[i], want[j] = want[j], want[i] })
+		s := stores[caller%len(stores)]
+		group.Go(func() {
+			for _, i := range want {
+				vers := fmt.Sprintf("v1.%d.0", i%l.versions)
+				c := contentOf(fmt.Sprintf("%s by %d", vers, i), 100+i)
+				sum := md5.Sum(c.zip)
+				var err error
+				if i%l.broken == 0 {
+					err = s.Save(t.Context(), testModule, vers, c.mod, iotest.ErrReader(errLoad), sum[:], c.info)
+				} else {
+					err = s.Save(t.Context(), testModule, vers, c.mod, plain(bytes.NewReader(c.zip)), sum[:], c.info)
+				}
+				mu.Lock()
+				switch {
+				case err == nil:
+					winners[vers]++
+					contents[vers] = c
+				case i%l.broken == 0 && errors.Is(err, errLoad):
+					failed[vers]++
+				case !Is(err, KindAlreadyExists):
+					t.Errorf("%s: %v", vers, err)
+				}
+				mu.Unlock()
+				if err == nil || Is(err, KindAlreadyExists) {
+					if ok, err := s.Exists(t.Context(), testModule, vers); err != nil || !ok {
+						t.Errorf("%s does not exist when it was saved: %v", vers, err)
+					}
+				}
+			}
+		})
+	}
+	group.Wait()
+	require.Len(t, winners, l.versions)
+	for vers, n := range winners {
+		require.Equal(t, 1, n, vers)
+		v, c := version{testModule, vers}, contents[vers]
+		for ext, want := range map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip} {
+			require.Equal(t, want, f.get(v.object(ext)).Data, "%s of %s", ext, vers)
+		}
+		require.Empty(t, f.get(v.object(extMod)).Metadata)
+	}
+	list, err := stores[0].List(t.Context(), testModule)
+	require.NoError(t, err)
+	require.Len(t, list, l.versions)
+	return failed
+}
+
+// requireUploads checks that no zip was sent twice but for a reason.
+func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
+	t.Helper()
+	uploads := map[string]int{}
+	for _, r := range f.log() {
+		if v, ext, ok := parseObject(r.Object); ok && ext == extZip && (r.Op == "insert" || r.Op == "start") {
+			uploads[v.version]++
+		}
+	}
+	for vers, n := range uploads {
+		require.LessOrEqual(t, n, 1+failed[vers], "uploads of the zip of %s", vers)
+	}
+}
+
+func nothingInFlight(f *fakeGCS) bool {
+	requests, bodies := f.inFlight()
+	return requests == 0 && bodies == 0
+}
+
+// A hundred callers on eight machines save two hundred versions. The bubble
+// proves that no goroutine is left behind.
+func TestLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeGCS(t)
+		f.onRequest(func(*request) faultKind {
+			time.Sleep(rand.N(60 * time.Millisecond))
+			return noFault
+		})
+		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
+		var stores []*Storage
+		for i := range l.machines {
+			stores = append(stores, NewStorage(f.machine(fmt.Sprint(i)).bucket))
+		}
+		failed := l.run(t, f, stores)
+		require.NotEmpty(t, failed)
+		requireUploads(t, f, failed)
+		require.True(t, nothingInFlight(f))
+	})
+}
+
+// The same over sockets, of which none stays open.
+func TestLoadOverSockets(t *testing.T) {
+	f := newFakeGCS(t)
+	endpoint := listenFake(t, f)
+	l := load{machines: 4, callers: 24, versions: 20, wanted: 4, broken: 1000}
+	conns := &countedConns{}
+	var stores []*Storage
+	var wires []*http.Transport
+	for i := range l.machines {
+		name := fmt.Sprint(i)
+		wire := &http.Transport{DialContext: conns.dial}
+		wires = append(wires, wire)
+		m := f.listenClient(t, endpoint, name, option.WithHTTPClient(&http.Client{Transport: namedTransport{name, wire}}))
+		stores = append(stores, NewStorage(m.bucket))
+	}
+	requireUploads(t, f, l.run(t, f, stores))
+	// What is still open is idle, or it would not be closed.
+	require.Positive(t, conns.count(0))
+	for _, wire := range wires {
+		wire.CloseIdleConnections()
+	}
+	require.Eventually(t, func() bool { return conns.count(0) == 0 && nothingInFlight(f) }, 10*time.Second, time.Millisecond)
+}
+
+// countedConns counts the connections that are open.
+type countedConns struct {
+	mu   sync.Mutex
+	open int
+}
+
+func (c *countedConns) count(change int) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open += change
+	return c.open
+}
+
+func (c *countedConns) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	c.count(1)
+	return &countedConn{Conn: conn, all: c}, nil
+}
+
+type countedConn struct {
+	net.Conn
+	all  *countedConns
+	once sync.Once
+}
+
+func (c *countedConn) Close() error {
+	c.once.Do(func() { c.all.count(-1) })
+	return c.Conn.Close()
+}
