@@ -1,0 +1,552 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/api/option"
+)
+
+const (
+	stormModule = "example.com/storm"
+	stormChunk  = 256 << 10
+	stormSeeds  = 300
+)
+
+// Machines whose clocks and thresholds disagree save, delete and read a few
+// versions at once, while requests and machines fail in every way. What they
+// see, and what is in the bucket, is held against the invariants.
+//
+// GCS_STORM_SEEDS=5000 plays so many seeds, GCS_STORM_SEEDS=17-17 those from 17
+// to 17. A seed decides what is done and what goes wrong, but not the order of
+// what happens in the same instant, nor the library's own random pauses: one
+// that has failed may take a few runs (-count) to fail again.
+func TestStorm(t *testing.T) {
+	from, to := uint64(1), uint64(stormSeeds)
+	if v := os.Getenv("GCS_STORM_SEEDS"); v != "" {
+		a, b, found := strings.Cut(v, "-")
+		if !found {
+			a, b = "1", a
+		}
+		var errA, errB error
+		from, errA = strconv.ParseUint(a, 10, 64)
+		to, errB = strconv.ParseUint(b, 10, 64)
+		require.NoError(t, errors.Join(errA, errB))
+	}
+	for seed := from; seed <= to; seed++ {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { newStorm(t, seed).run() })
+		})
+	}
+}
+
+type storm struct {
+	t     *testing.T
+	f     *fakeGCS
+	seed  uint64
+	rng   *rand.Rand // of the test's own goroutine
+	began time.Time
+	calm  context.Context // ends when faults do
+	rough context.CancelFunc
+
+	badness   float64 // how likely a request is to fail
+	slowness  time.Duration
+	threshold []time.Duration
+	versions  []string
+
+	mu       sync.Mutex
+	order    int // of beginnings and ends
+	history  map[string]history
+	unlanded []*observation // of which requests may still be on their way
+	saves    int
+	sums     map[string]int // whose an object is, by its MD5
+	lives    map[string]life
+	broken   []string
+	group    sync.WaitGroup
+	machines map[string]*stormMachine
+}
+
+// A life is what is known of a complete version that is in the bucket.
+type life struct {
+	mod, info, zip int64 // generations
+}
+
+func newStorm(t *testing.T, seed uint64) *storm {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	w := &storm{
+		t: t, f: newFakeGCS(t), seed: seed, rng: rng, began: time.Now(),
+		badness:   []float64{0, 0.02, 0.1, 0.25}[rng.IntN(4)],
+		slowness:  []time.Duration{0, 50 * time.Millisecond, time.Second}[rng.IntN(3)],
+		threshold: [][]time.Duration{{20 * time.Second}, {4 * time.Second, 30 * time.Second}, {time.Second, 10 * time.Second, time.Minute}}[rng.IntN(3)],
+		history:   map[string]history{},
+		sums:      map[string]int{},
+		lives:     map[string]life{},
+		machines:  map[string]*stormMachine{},
+	}
+	for i := range 1 + rng.IntN(2) {
+		w.versions = append(w.versions, fmt.Sprintf("v1.0.%d", i))
+	}
+	w.calm, w.rough = context.WithCancel(context.Background())
+	return w
+}
+
+func (w *storm) run() {
+	defer func() {
+		for _, v := range w.f.violations() {
+			w.broken = append(w.broken, "a request breaks the protocol: "+v)
+		}
+		w.f.tolerate() // it is told here
+		if len(w.broken) > 0 {
+			w.print()
+		}
+	}()
+	w.f.enforceRates(w.rng.IntN(2) == 0)
+	w.f.onRequest(w.weather)
+	w.f.onAnswer(func(r *request) {
+		if r.Applied {
+			w.inspect()
+		}
+	})
+	w.leaveBehind()
+	machines := 2 + w.rng.IntN(9)
+	if w.rng.IntN(2) == 0 {
+		machines = 2 + w.rng.IntN(2)
+	}
+	for i := range machines {
+		w.launch(fmt.Sprintf("m%d", i), rand.New(rand.NewPCG(w.seed, uint64(2+i))))
+	}
+	w.group.Go(func() {
+		for w.calm.Err() == nil {
+			time.Sleep(time.Duration(w.rng.Int64N(int64(10 * time.Second))))
+			w.land()
+		}
+	})
+
+	time.Sleep(time.Duration(20+w.rng.IntN(40)) * time.Second)
+	w.rough()
+	w.group.Wait()
+	w.land()
+	w.clearUp()
+}
+
+// leaveBehind puts what an earlier time may have left.
+func (w *storm) leaveBehind() {
+	if w.rng.IntN(2) == 0 {
+		return
+	}
+	_, c := w.newContent(w.versions[0], w.rng)
+	for ext, data := range map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip} {
+		metadata := map[string]string{keySaveID: "old"}
+		if ext == extMod {
+			metadata = []map[string]string{
+				nil, marked(time.Now(), "old"), marked(givenUp, "old"), marked(givenUp, "older"), {keyInProgressOld: "true"},
+			}[w.rng.IntN(5)]
+		}
+		if w.rng.IntN(4) > 0 {
+			w.f.putAt(version{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
+		}
+	}
+	w.inspect()
+}
+
+// A stormMachine is one that crashes, sooner or later, or survives.
+type stormMachine struct {
+	*storm
+	*machine
+	s      *Storage
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+// newMachine returns a machine that keeps its own time and has its own ideas.
+func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts ...Option) *stormMachine {
+	m := &stormMachine{storm: w, machine: w.f.register(name)}
+	m.connect(w.t, []option.ClientOption{
+		option.WithHTTPClient(&http.Client{Transport: shortPages{m.machine, pageSize}}),
+		option.WithoutAuthentication(),
+	})
+	m.s = NewStorage(m.bucket, append(opts, WithChunkSize(stormChunk))...)
+	m.s.now = func() time.Time { return time.Now().Add(skew) }
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.machines[name] = m
+	return m
+}
+
+// launch starts a machine, on which one or two callers do one thing after another.
+func (w *storm) launch(name string, rng *rand.Rand) {
+	threshold := w.threshold[rng.IntN(len(w.threshold))]
+	skew := []time.Duration{0, time.Duration(rng.Int64N(int64(time.Minute))), time.Hour, -time.Hour}[rng.IntN(4)]
+	m := w.newMachine(name, skew, rng.IntN(4), WithStaleThreshold(threshold))
+	for i := range 1 + rng.IntN(2) {
+		rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(i)))
+		w.group.Go(func() {
+			for n := 1 + rng.IntN(4); n > 0 && w.calm.Err() == nil && m.ctx.Err() == nil; n-- {
+				time.Sleep(time.Duration(rng.Int64N(int64(time.Duration(1+rng.IntN(10)) * time.Second))))
+				m.act(rng)
+			}
+		})
+	}
+}
+
+// shortPages makes some machines list by a few objects at a time, as GCS may.
+type shortPages struct {
+	http.RoundTripper
+	size int // 0 leaves it as it is
+}
+
+func (p shortPages) RoundTrip(r *http.Request) (*http.Response, error) {
+	if q := r.URL.Query(); p.size > 0 && strings.HasSuffix(r.URL.Path, "/o") && r.Method == http.MethodGet {
+		r = r.Clone(r.Context())
+		q.Set("maxResults", strconv.Itoa(p.size))
+		r.URL.RawQuery = q.Encode()
+	}
+	return p.RoundTripper.RoundTrip(r)
+}
+
+// act makes a call.
+func (m *stormMachine) act(rng *rand.Rand) {
+	patience := 10 * time.Minute // a zip that hangs, hangs until its context ends
+	if rng.IntN(8) == 0 {
+		patience = time.Duration(rng.Int64N(int64(20 * time.Second)))
+	}
+	ctx, cancel := context.WithTimeout(m.ctx, patience)
+	defer cancel()
+	vers := m.versions[rng.IntN(len(m.versions))]
+	switch n := rng.IntN(20); {
+	case n < 11:
+		m.save(ctx, vers, rng)
+	case n < 14:
+		m.exists(ctx, vers)
+	case n < 15:
+		m.list(ctx)
+	case n < 18:
+		m.read(ctx, []string{extInfo, extMod, extZip}[rng.IntN(3)], vers)
+	default:
+		m.mustNotFail(ctx, m.observe("Delete", vers, func(o *observation) error {
+			o.outcome = deleted
+			return m.s.Delete(ctx, stormModule, vers)
+		}))
+	}
+}
+
+func (m *stormMachine) exists(ctx context.Context, vers string) *observation {
+	o := m.observe("Exists", vers, func(o *observation) error {
+		ok, err := m.s.Exists(ctx, stormModule, vers)
+		o.outcome = map[bool]outcome{true: yes, false: no}[ok]
+		return err
+	})
+	m.mustNotFail(ctx, o)
+	return o
+}
+
+// observe makes a call and writes down what came of it. The call itself says
+// what it means that there is no error.
+func (m *stormMachine) observe(call, vers string, do func(o *observation) error) *observation {
+	o := m.begin(&observation{who: m.name, call: call, version: vers})
+	seen := &observation{}
+	m.end(o, seen, do(seen))
+	return o
+}
+
+// mustNotFail tells of a call that failed although it need not have.
+func (m *stormMachine) mustNotFail(ctx context.Context, o *observation) {
+	if o.outcome == failed && ctx.Err() == nil {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.report("a call fails without a reason:\n\t" + o.String())
+	}
+}
+
+func (w *storm) begin(o *observation) *observation {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.order++
+	o.start, o.end, o.from = w.order, endOfTime, time.Since(w.began)
+	w.history[o.version] = append(w.history[o.version], o)
+	return o
+}
+
+func (m *stormMachine) end(o, seen *observation, err error) {
+	m.fake.mu.Lock()
+	dead := m.crashed
+	m.fake.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.order++
+	o.end, o.till, o.err = m.order, time.Since(m.began), err
+	o.outcome = seen.outcome
+	switch {
+	case dead:
+		o.outcome = crashed
+	case Is(err, KindAlreadyExists) && o.call == "Save":
+		o.outcome = existed
+	case Is(err, KindNotFound):
+		o.outcome = notFound
+	case err != nil:
+		o.outcome = failed
+	case o.outcome == got:
+		o.save = seen.save
+	}
+	if o.outcome == crashed || o.outcome == failed {
+		o.end = endOfTime
+		m.unlanded = append(m.unlanded, o)
+	}
+	m.report(m.history[o.version].check()...)
+}
+
+// land lets the requests arrive that are still on their way. After that, calls
+// that are over have no more effect.
+func (w *storm) land() {
+	w.f.land()
+	w.inspect()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.order++
+	for _, o := range w.unlanded {
+		o.end = w.order
+	}
+	w.unlanded = nil
+}
+
+// report notes what is broken, once.
+func (w *storm) report(broken ...string) {
+	for _, b := range broken {
+		if !slices.Contains(w.broken, b) {
+			w.broken = append(w.broken, b)
+		}
+	}
+}
+
+var errStormReader = errors.New("the zip's reader failed")
+
+func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *observation {
+	n, c := m.newContent(vers, rng)
+	o := &observation{who: m.name, call: "Save", version: vers, save: n, how: fmt.Sprintf("%d bytes", len(c.zip))}
+	var zip io.Reader = bytes.NewReader(c.zip)
+	lasts, breaks := true, false // whether it can be read twice, and not even once
+	if rng.IntN(2) == 0 {
+		zip, lasts = plain(zip), len(c.zip) <= stormChunk
+		o.how += ", unseekable"
+	}
+	switch rng.IntN(10) {
+	case 0:
+		pause := time.Duration(rng.Int64N(int64(2 * m.s.staleThreshold())))
+		zip, lasts = io.MultiReader(sleepReader(pause), zip), len(c.zip) <= stormChunk
+		o.how += ", slow"
+	case 1:
+		half := bytes.NewReader(c.zip[:rng.IntN(len(c.zip)+1)])
+		zip, breaks = io.MultiReader(half, iotest.ErrReader(errStormReader)), true
+		o.how += ", broken"
+	}
+	sum := md5.Sum(c.zip)
+	m.begin(o)
+	err := m.s.Save(ctx, stormModule, vers, c.mod, zip, sum[:], c.info)
+	m.end(o, &observation{outcome: stored}, err)
+	// Who was taken over, and cannot send the zip again, may have to give up.
+	if lasts && !(breaks && errors.Is(err, errStormReader)) {
+		m.mustNotFail(ctx, o)
+	}
+	return o
+}
+
+// newContent makes three files that say whose they are in every line.
+func (w *storm) newContent(vers string, rng *rand.Rand) (int, content) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.saves++
+	line := fmt.Sprintf("save %d\n", w.saves)
+	size := rng.IntN(2000)
+	if rng.IntN(12) == 0 {
+		size = stormChunk + rng.IntN(2*stormChunk)
+	}
+	file := func(what string, size int) []byte {
+		return []byte(line + vers + what + strings.Repeat(line, size/len(line)))
+	}
+	c := content{file(extMod, rng.IntN(300)), file(extZip, size), file(extInfo, rng.IntN(100))}
+	for _, b := range [][]byte{c.mod, c.zip, c.info} {
+		sum := md5.Sum(b)
+		w.sums[base64.StdEncoding.EncodeToString(sum[:])] = w.saves
+	}
+	return w.saves, c
+}
+
+func (m *stormMachine) list(ctx context.Context) {
+	var os []*observation
+	for _, vers := range m.versions {
+		os = append(os, m.begin(&observation{who: m.name, call: "List", version: vers}))
+	}
+	list, err := m.s.List(ctx, stormModule)
+	for _, o := range os {
+		m.end(o, &observation{outcome: map[bool]outcome{true: yes, false: no}[slices.Contains(list, o.version)]}, err)
+	}
+}
+
+func (m *stormMachine) read(ctx context.Context, ext, vers string) *observation {
+	o := m.observe(ext, vers, func(o *observation) error {
+		data, err := m.file(ctx, ext, vers)
+		if err != nil {
+			return err
+		}
+		o.outcome = got
+		if o.save = m.whose(data); o.save < 0 {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.report(fmt.Sprintf("%s reads a %s of %s that nobody wrote: %.40q", m.name, ext, vers, data))
+		}
+		return nil
+	})
+	m.mustNotFail(ctx, o)
+	return o
+}
+
+func (m *stormMachine) file(ctx context.Context, ext, vers string) ([]byte, error) {
+	switch ext {
+	case extInfo:
+		return m.s.Info(ctx, stormModule, vers)
+	case extMod:
+		return m.s.GoMod(ctx, stormModule, vers)
+	}
+	r, err := m.s.Zip(ctx, stormModule, vers)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return io.ReadAll(r)
+}
+
+func (w *storm) whose(data []byte) int {
+	sum := md5.Sum(data)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if save, ok := w.sums[base64.StdEncoding.EncodeToString(sum[:])]; ok {
+		return save
+	}
+	return -1
+}
+
+// weather decides what happens to a request: a delay, a fault, a machine that
+// sleeps or crashes.
+func (w *storm) weather(r *request) faultKind {
+	hash := fnv.New64()
+	fmt.Fprint(hash, r.Machine, r.MachineN)
+	rng := rand.New(rand.NewPCG(w.seed, hash.Sum64()))
+	time.Sleep(time.Duration(rng.Int64N(int64(w.slowness + time.Millisecond))))
+	if w.calm.Err() != nil {
+		return noFault
+	}
+	w.mu.Lock()
+	m := w.machines[r.Machine]
+	w.mu.Unlock()
+	if bad := w.badness / 4; rng.Float64() < bad || r.Op == "chunk" && rng.Float64() < bad {
+		m.pause()
+		time.AfterFunc(time.Duration(rng.Int64N(int64(2*w.threshold[rng.IntN(len(w.threshold))]))), m.resume)
+	}
+	if rng.Float64() >= w.badness {
+		return noFault
+	}
+	if rng.IntN(8) == 0 {
+		time.AfterFunc(time.Second, m.cancel) // nobody hears the calls' ends, but they have to end
+		return []faultKind{crashBefore, crashAfter}[rng.IntN(2)]
+	}
+	return []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany, hung, hungApplied, stray}[rng.IntN(9)]
+}
+
+// inspect holds what is in the bucket against the invariants.
+func (w *storm) inspect() {
+	w.f.mu.Lock()
+	defer w.f.mu.Unlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, vers := range w.versions {
+		v := version{stormModule, vers}
+		info, mod, zip := w.f.objects[v.object(extInfo)], w.f.objects[v.object(extMod)], w.f.objects[v.object(extZip)]
+		if mod == nil {
+			delete(w.lives, vers)
+			continue
+		}
+		_, marked := readMarker(&storage.ObjectAttrs{Metadata: mod.Metadata})
+		was, lives := w.lives[vers]
+		lives = lives && was.mod == mod.Generation
+		if marked || info == nil || zip == nil {
+			if lives {
+				w.report(fmt.Sprintf("%s: a complete version is not any more", vers))
+			}
+			delete(w.lives, vers)
+			continue
+		}
+		now := life{mod.Generation, info.Generation, zip.Generation}
+		if lives && now != was {
+			w.report(fmt.Sprintf("%s: an object of a complete version was replaced: %v, %v", vers, was, now))
+		}
+		w.lives[vers] = now
+		if whose := w.sums[mod.md5]; whose != w.sums[info.md5] || whose != w.sums[zip.md5] {
+			w.report(fmt.Sprintf("%s: a version without marker is of saves %d (mod), %d (info) and %d (zip)", vers, whose, w.sums[info.md5], w.sums[zip.md5]))
+		}
+	}
+}
+
+// clearUp sees that all versions can still be saved, and read.
+func (w *storm) clearUp() {
+	const threshold = 20 * time.Second
+	m := w.newMachine("last", 0, 0, WithStaleThreshold(threshold))
+	for _, vers := range w.versions {
+		began := time.Now()
+		o := m.save(m.ctx, vers, rand.New(rand.NewPCG(w.seed, 0)))
+		// A clock that is ahead by less than the threshold makes for a marker
+		// that is fresh for longer. The rest is for pauses after a 429.
+		if took := time.Since(began); took > 2*threshold+15*time.Second {
+			w.report(fmt.Sprintf("when all is calm, a save takes %v:\n\t%v", took, o))
+		}
+		for o.outcome == failed && errors.Is(o.err, errStormReader) {
+			o = m.save(m.ctx, vers, w.rng)
+		}
+		files := []*observation{m.exists(m.ctx, vers), m.read(m.ctx, extInfo, vers), m.read(m.ctx, extMod, vers), m.read(m.ctx, extZip, vers)}
+		if !o.says() || files[0].outcome != yes || files[1].outcome != got || files[2].outcome != got || files[3].outcome != got {
+			w.report(fmt.Sprintf("when all is calm, a version cannot be had:\n\t%v\n\t%v", o, files))
+		}
+		w.report(w.history[vers].check()...)
+	}
+	if requests, bodies := w.f.inFlight(); requests != 0 || bodies != 0 {
+		w.report(fmt.Sprintf("%d requests and %d answers are left behind", requests, bodies))
+	}
+}
+
+// print tells all that happened.
+func (w *storm) print() {
+	var b strings.Builder
+	fmt.Fprintf(&b, "seed %d: %d machines, faults %v, delays %v, thresholds %v\n", w.seed, len(w.machines), w.badness, w.slowness, w.threshold)
+	var all history
+	for _, vers := range w.versions {
+		all = append(all, w.history[vers]...)
+	}
+	slices.SortFunc(all, func(a, b *observation) int { return a.start - b.start })
+	for _, o := range all {
+		fmt.Fprintln(&b, o)
+	}
+	for _, r := range w.f.log() {
+		fmt.Fprintf(&b, "%10v %v %v\n", r.Start.Sub(w.began).Round(time.Millisecond), r, r.Metadata)
+	}
+	w.t.Errorf("%s\n\nTo see it again: GCS_STORM_SEEDS=%d-%d go test -run TestStorm -count 20\n\n%s", strings.Join(w.broken, "\n"), w.seed, w.seed, b.String())
+}
