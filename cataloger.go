@@ -24,13 +24,14 @@ type ModuleVersion struct {
 // whatever is saved and deleted between two calls. The order is that of the
 // names of the .zip objects.
 //
-// It makes one request for every 1,000 objects that it passes, which may be many
-// more than three a version where partial versions are, and one more for each
-// unfinished version (see [Storage.Exists]).
+// It makes one request for every 1,000 objects that it passes, which are more than
+// three a version where partial versions are, and one or two more: the first one
+// asks for no more than pageSize versions should need. Each unfinished version
+// costs one more (see [Storage.Exists]).
 func (s *Storage) Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
-	ctx, c := s.begin(ctx, "Catalog", version{})
+	ctx, o := s.begin(ctx, "Catalog", version{})
 	page, next, err := s.catalog(ctx, token, pageSize)
-	return page, next, c.end(err)
+	return page, next, o.end(err)
 }
 
 func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
@@ -45,7 +46,7 @@ func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]Mo
 	// that it is not the last page.
 	objects := min(3*min(pageSize, maxPage)+3, maxPage)
 	page := []ModuleVersion{}
-	next := ""
+	var rest, end string
 	for found, err := range s.scan(ctx, "", start, objects) {
 		if err == nil {
 			name := found.object(extZip)
@@ -55,10 +56,10 @@ func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]Mo
 			var ok bool
 			if ok, err = s.settle(ctx, found.version, found.snapshot); ok {
 				if len(page) == pageSize {
-					return page, next, nil
+					return page, makeToken(rest, end), nil
 				}
 				page = append(page, ModuleVersion{found.module, found.version.version})
-				next = makeToken(found.rest, name)
+				rest, end = found.rest, name
 			}
 		}
 		if err != nil {

@@ -15,12 +15,12 @@ import (
 // permission for that (storage.objects.update) the version does not exist yet.
 func (s *Storage) Exists(ctx context.Context, module, vers string) (bool, error) {
 	v, err := newVersion(module, vers)
-	ctx, c := s.begin(ctx, "Exists", v)
+	ctx, o := s.begin(ctx, "Exists", v)
 	var ok bool
 	if err == nil {
 		ok, err = s.exists(ctx, v)
 	}
-	return ok, c.end(err)
+	return ok, o.end(err)
 }
 
 func (s *Storage) exists(ctx context.Context, v version) (bool, error) {

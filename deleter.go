@@ -18,14 +18,15 @@ var errNothing error = verdict{KindNotFound, errors.New("none of the version's o
 // [Storage.Save]). What is left if Delete is cut short, or fails, is replaced by
 // the next Save and removed by the next Delete.
 //
-// It makes up to 4 requests, 3 of them one after another.
+// It makes up to 4 requests, 3 of them one after another, and one more beside them
+// when it meets a stale claim (see [Storage.SingleFlight]), which it removes too.
 func (s *Storage) Delete(ctx context.Context, module, vers string) error {
 	v, err := newVersion(module, vers)
-	ctx, c := s.begin(ctx, "Delete", v)
+	ctx, o := s.begin(ctx, "Delete", v)
 	if err == nil {
 		err = s.delete(ctx, v)
 	}
-	return c.end(err)
+	return o.end(err)
 }
 
 func (s *Storage) delete(ctx context.Context, v version) error {

@@ -32,9 +32,9 @@ func (s *Storage) GoMod(ctx context.Context, module, vers string) ([]byte, error
 
 func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byte, error) {
 	v, err := newVersion(module, vers)
-	ctx, c := s.begin(ctx, op, v)
+	ctx, o := s.begin(ctx, op, v)
 	if err != nil {
-		return nil, c.end(err)
+		return nil, o.end(err)
 	}
 	var data []byte
 	err = attempt(ctx, requestTimeout, func(ctx context.Context) error {
@@ -49,7 +49,7 @@ func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byt
 	if err != nil {
 		data = nil
 	}
-	return data, c.end(err)
+	return data, o.end(err)
 }
 
 // Zip returns a stream of the version's zip, which the caller must close, and
@@ -60,15 +60,15 @@ func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byt
 // A zip that is not there is KindNotFound.
 func (s *Storage) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
 	v, err := newVersion(module, vers)
-	ctx, c := s.begin(ctx, "Zip", v)
+	ctx, o := s.begin(ctx, "Zip", v)
 	if err != nil {
-		return nil, c.end(err)
+		return nil, o.end(err)
 	}
 	r, err := s.open(ctx, v, extZip)
 	if err != nil {
-		return nil, c.end(err)
+		return nil, o.end(err)
 	}
-	return zipReader{r, ctx, v}, c.end(nil)
+	return zipReader{r, ctx, v}, o.end(nil)
 }
 
 func (s *Storage) open(ctx context.Context, v version, ext string) (*storage.Reader, error) {

@@ -14,11 +14,12 @@ import (
 // not in it.
 //
 // It makes one request for every 1,000 objects, and one more for each unfinished
-// version (see [Storage.Exists]).
+// version (see [Storage.Exists]), or for one that is being saved over while it is
+// listed.
 func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
-	ctx, c := s.begin(ctx, "List", version{module: module})
+	ctx, o := s.begin(ctx, "List", version{module: module})
 	if err := checkModule(module); err != nil {
-		return nil, c.end(badRequest("module", err))
+		return nil, o.end(badRequest("module", err))
 	}
 	list := []string{}
 	for found, err := range s.scan(ctx, module+"/@v/", "", maxPage) {
@@ -29,10 +30,10 @@ func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
 			}
 		}
 		if err != nil {
-			return nil, c.end(err)
+			return nil, o.end(err)
 		}
 	}
-	return list, c.end(nil)
+	return list, o.end(nil)
 }
 
 // A found is a version whose three objects a scan has met.
@@ -45,8 +46,9 @@ type found struct {
 
 // scan lists the objects below a prefix, from the name start on, and yields the
 // versions that have all three, in the order of the names of their .zip objects,
-// which are the last of each. It holds one page of the listing.
-func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) iter.Seq2[found, error] {
+// which are the last of each. It holds one page of the listing, of which the first
+// has size objects.
+func (s *Storage) scan(ctx context.Context, prefix, start string, size int) iter.Seq2[found, error] {
 	return func(yield func(found, error) bool) {
 		q := listQuery(prefix)
 		q.StartOffset = start
@@ -54,7 +56,8 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, pageSize int) 
 		// where the other's has its ending, such as v1 and v1.j.
 		open := map[version]*snapshot{}
 		for token := ""; ; {
-			page, next, err := s.page(ctx, q, token, pageSize)
+			page, next, err := s.page(ctx, q, token, size)
+			size = maxPage
 			if err != nil {
 				yield(found{}, err)
 				return

@@ -37,9 +37,10 @@ func Open(ctx context.Context, bucket string, opts ...option.ClientOption) (*Sto
 	}
 	s := NewStorage(client.Bucket(bucket))
 	s.client = client
-	if err := s.permitted(ctx, bucket); err != nil {
+	ctx, o := s.begin(ctx, "Open", version{})
+	if err := o.end(s.permitted(ctx, bucket)); err != nil {
 		client.Close()
-		return nil, fail(ctx, "Open", version{}, err)
+		return nil, err
 	}
 	return s, nil
 }

@@ -38,7 +38,7 @@ import (
 // when zip's Read has returned, and leaves no goroutine behind.
 func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
 	v, err := newVersion(module, vers)
-	ctx, c := s.begin(ctx, "Save", v)
+	ctx, o := s.begin(ctx, "Save", v)
 	if err == nil && zip == nil {
 		err = badRequest("zip", errors.New("is nil"))
 	}
@@ -47,10 +47,10 @@ func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip
 	}
 	if err == nil {
 		z := newSource(zip, zipMD5, min(maxWhole, s.chunkSize))
-		c.outcome, err = s.save(ctx, v, mod, z, info)
+		o.outcome, err = s.save(ctx, v, mod, z, info)
 	}
-	err = c.end(err)
-	s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", c.outcome)))
+	err = o.end(err)
+	s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", o.outcome)))
 	return err
 }
 

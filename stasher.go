@@ -67,18 +67,18 @@ type flight struct {
 
 func (sf *singleFlight) Stash(ctx context.Context, module, vers string) (string, error) {
 	v := version{module, vers}
-	ctx, c := sf.s.begin(ctx, "Stash", v)
+	ctx, o := sf.s.begin(ctx, "Stash", v)
 	if err := ctx.Err(); err != nil {
-		return "", c.end(err)
+		return "", o.end(err)
 	}
 	f := sf.join(ctx, v)
 	select {
 	case <-f.done:
-		c.close(f.err)
+		o.close(f.err)
 		return f.version, f.err
 	case <-ctx.Done():
 		sf.leave(v, f)
-		return "", c.end(ctx.Err())
+		return "", o.end(ctx.Err())
 	}
 }
 

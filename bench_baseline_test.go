@@ -1,0 +1,173 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"iter"
+
+	"cloud.google.com/go/storage"
+	"google.golang.org/api/iterator"
+)
+
+// A backend is what the benchmarks compare.
+type backend interface {
+	Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) error
+	Exists(ctx context.Context, module, version string) (bool, error)
+	Info(ctx context.Context, module, version string) ([]byte, error)
+	GoMod(ctx context.Context, module, version string) ([]byte, error)
+	Zip(ctx context.Context, module, version string) (SizeReadCloser, error)
+	List(ctx context.Context, module string) ([]string, error)
+	Delete(ctx context.Context, module, version string) error
+	Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error)
+}
+
+// baseline is a straightforward backend on the same client, with the client's
+// defaults: Save lists the version and uploads three objects, one after another;
+// listings select no attributes. It knows neither conditions nor markers, and two
+// of its saves at once mix their objects.
+type baseline struct{ bucket *storage.BucketHandle }
+
+func (b baseline) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, _, info []byte) error {
+	v := version{module, vers}
+	ok, err := b.Exists(ctx, module, vers)
+	if err != nil {
+		return err
+	}
+	if ok {
+		return errExists
+	}
+	for _, o := range []struct {
+		ext  string
+		data io.Reader
+	}{{extMod, bytes.NewReader(mod)}, {extZip, zip}, {extInfo, bytes.NewReader(info)}} {
+		if err := upload(ctx, b.bucket.Object(v.object(o.ext)), o.data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// upload is a bare upload.
+func upload(ctx context.Context, o *storage.ObjectHandle, data io.Reader) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := o.NewWriter(ctx)
+	if _, err := io.Copy(w, data); err != nil {
+		cancel()
+		w.Close()
+		return err
+	}
+	return w.Close()
+}
+
+func (b baseline) Exists(ctx context.Context, module, vers string) (bool, error) {
+	v, n := version{module, vers}, 0
+	for name, err := range b.names(ctx, v.object("")) {
+		if err != nil {
+			return false, err
+		}
+		if name == v.object(extInfo) || name == v.object(extMod) || name == v.object(extZip) {
+			n++
+		}
+	}
+	return n == 3, nil
+}
+
+// names lists the objects below a prefix.
+func (b baseline) names(ctx context.Context, prefix string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		objects := b.bucket.Objects(ctx, &storage.Query{Prefix: prefix})
+		for {
+			attrs, err := objects.Next()
+			if err == iterator.Done {
+				return
+			}
+			if err != nil {
+				yield("", err)
+				return
+			}
+			if !yield(attrs.Name, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (b baseline) Info(ctx context.Context, module, vers string) ([]byte, error) {
+	return b.read(ctx, version{module, vers}.object(extInfo))
+}
+
+func (b baseline) GoMod(ctx context.Context, module, vers string) ([]byte, error) {
+	return b.read(ctx, version{module, vers}.object(extMod))
+}
+
+func (b baseline) read(ctx context.Context, name string) ([]byte, error) {
+	r, err := b.bucket.Object(name).NewReader(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return io.ReadAll(r)
+}
+
+func (b baseline) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
+	r, err := b.bucket.Object(version{module, vers}.object(extZip)).NewReader(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+func (b baseline) List(ctx context.Context, module string) ([]string, error) {
+	list := []string{}
+	for name, err := range b.names(ctx, module+"/@v/") {
+		if err != nil {
+			return nil, err
+		}
+		if v, ext, ok := parseObject(name); ok && ext == extInfo {
+			list = append(list, v.version)
+		}
+	}
+	return list, nil
+}
+
+func (b baseline) Delete(ctx context.Context, module, vers string) error {
+	v := version{module, vers}
+	ok, err := b.Exists(ctx, module, vers)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return errNothing
+	}
+	var errs []error
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		errs = append(errs, b.bucket.Object(v.object(ext)).Delete(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// Catalog's token is the client's own. A page is pageSize versions, if the
+// objects of none of them are on two pages of the listing.
+func (b baseline) Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
+	var page []ModuleVersion
+	for len(page) < pageSize {
+		var objects []*storage.ObjectAttrs
+		pager := iterator.NewPager(b.bucket.Objects(ctx, nil), 3*min(pageSize-len(page), maxPage/3), token)
+		next, err := pager.NextPage(&objects)
+		if err != nil {
+			return nil, "", err
+		}
+		for _, attrs := range objects {
+			if v, ext, ok := parseObject(attrs.Name); ok && ext == extInfo {
+				page = append(page, ModuleVersion{v.module, v.version})
+			}
+		}
+		if token = next; token == "" {
+			break
+		}
+	}
+	return page, token, nil
+}

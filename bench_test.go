@@ -1,0 +1,662 @@
+package gcs
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"google.golang.org/api/option"
+)
+
+// The benchmarks compare this package, as gcs, with a straightforward backend,
+// as baseline. Each has two parts. Requests, round trips one after another, bytes
+// of bodies, and the time they take at 20 ms a round trip are counted on the fake
+// bucket, in virtual time. Time and memory are measured over a loopback socket,
+// with the server in a process of its own, so that B/op is the client's alone.
+var backends = []struct {
+	name string
+	on   func(*storage.BucketHandle) backend
+}{
+	{"gcs", func(b *storage.BucketHandle) backend { return NewStorage(b) }},
+	{"baseline", func(b *storage.BucketHandle) backend { return baseline{b} }},
+}
+
+const (
+	smallZip = 100 << 10
+	largeZip = 50_000_000
+)
+
+// BenchmarkCall is every call but those that wait, with a zip of 100 KiB, and
+// 1,000 versions to list.
+func BenchmarkCall(b *testing.B) {
+	type call struct {
+		name   string
+		stored int  // versions in the bucket
+		fresh  bool // each call gets a version of its own
+		before func(ctx context.Context, s backend, vers string) error
+		do     func(ctx context.Context, s backend, vers string) error
+	}
+	small := contentOf("a", smallZip)
+	sum := md5.Sum(small.zip)
+	save := func(ctx context.Context, s backend, vers string) error {
+		return s.Save(ctx, testModule, vers, small.mod, plain(bytes.NewReader(small.zip)), sum[:], small.info)
+	}
+	for _, c := range []call{
+		{name: "SaveNew", fresh: true, do: save},
+		{name: "SaveComplete", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
+			if err := save(ctx, s, vers); Kind(err) != KindAlreadyExists && !errors.Is(err, errExists) {
+				return fmt.Errorf("not AlreadyExists: %w", err)
+			}
+			return nil
+		}},
+		{name: "Exists", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
+			ok, err := s.Exists(ctx, testModule, vers)
+			return unless(ok, err)
+		}},
+		{name: "Info", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
+			_, err := s.Info(ctx, testModule, vers)
+			return err
+		}},
+		{name: "GoMod", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
+			_, err := s.GoMod(ctx, testModule, vers)
+			return err
+		}},
+		{name: "Zip", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
+			n, err := readZip(ctx, s, vers)
+			return unless(n == smallZip, err)
+		}},
+		{name: "List1000", stored: 1000, do: func(ctx context.Context, s backend, _ string) error {
+			list, err := s.List(ctx, testModule)
+			return unless(len(list) == 1000, err)
+		}},
+		{name: "Catalog1000", stored: 1000, do: func(ctx context.Context, s backend, _ string) error {
+			page, _, err := s.Catalog(ctx, "", 1000)
+			return unless(len(page) == 1000, err)
+		}},
+		{name: "Delete", fresh: true, before: save, do: func(ctx context.Context, s backend, vers string) error {
+			return s.Delete(ctx, testModule, vers)
+		}},
+	} {
+		for _, of := range backends {
+			b.Run(c.name+"/"+of.name, func(b *testing.B) {
+				counted := inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
+					storeVersions(f, c.stored)
+					s := of.on(f.machine("a").bucket)
+					if c.before != nil {
+						fatal(t, c.before(t.Context(), s, "v1.0.0"))
+					}
+					return measure(f, func() { fatal(t, c.do(t.Context(), s, "v1.0.0")) })
+				})
+
+				s := of.on(startServer(b, "fake", c.stored))
+				ctx, vers := b.Context(), "v1.0.0"
+				b.ReportAllocs()
+				for i := 0; b.Loop(); i++ {
+					if c.fresh {
+						vers = fmt.Sprintf("v1.0.%d", i)
+					}
+					if c.before != nil {
+						b.StopTimer()
+						fatal(b, c.before(ctx, s, vers))
+						b.StartTimer()
+					}
+					fatal(b, c.do(ctx, s, vers))
+				}
+				counted.report(b)
+			})
+		}
+	}
+}
+
+// BenchmarkSaveWaits is a save that waits for another, whose zip takes 30 s to
+// read. late-ms is how long after the other's return it returns, reqs/s how many
+// requests a second it makes.
+func BenchmarkSaveWaits(b *testing.B) {
+	small := contentOf("a", smallZip)
+	var sum traffic
+	var late, waited time.Duration
+	b.ReportAllocs()
+	n := 0
+	for b.Loop() {
+		n++
+		sum.add(inVirtualTime(b, func(t *testing.T, f *fakeGCS) (counted traffic) {
+			var done time.Time
+			var group sync.WaitGroup
+			group.Go(func() {
+				zip := io.MultiReader(sleepReader(30*time.Second), bytes.NewReader(small.zip))
+				fatal(t, small.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+				done = time.Now()
+			})
+			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)
+			start := time.Now()
+			err := small.save(t.Context(), NewStorage(f.machine("b").bucket))
+			fatal(t, unless(Is(err, KindAlreadyExists), err))
+			end := time.Now()
+			group.Wait()
+			late += end.Sub(done)
+			waited += end.Sub(start)
+			log := slices.DeleteFunc(f.log(), func(r request) bool { return r.Machine != "b" })
+			return count(log, end.Sub(start))
+		}))
+	}
+	sum.divide(float64(n))
+	sum.report(b)
+	b.ReportMetric(float64(late.Milliseconds())/float64(n), "late-ms")
+	b.ReportMetric(sum.requests*float64(n)/waited.Seconds(), "reqs/s")
+	b.ReportMetric(0, "ns/op") // of the simulation
+	b.ReportMetric(0, "B/op")
+	b.ReportMetric(0, "allocs/op")
+}
+
+// BenchmarkSaveHundred is a hundred saves of small versions at once.
+func BenchmarkSaveHundred(b *testing.B) {
+	small := contentOf("a", smallZip)
+	for _, of := range backends {
+		b.Run(of.name, func(b *testing.B) {
+			s := of.on(startServer(b, "lean", 0))
+			peak := 0.0
+			b.ReportAllocs()
+			for b.Loop() {
+				peak = max(peak, peakHeap(func() {
+					var group sync.WaitGroup
+					for i := range 100 {
+						group.Go(func() {
+							zip := plain(bytes.NewReader(small.zip))
+							if err := s.Save(b.Context(), testModule, fmt.Sprintf("v1.0.%d", i), small.mod, zip, nil, small.info); err != nil {
+								b.Error(err)
+							}
+						})
+					}
+					group.Wait()
+				}))
+			}
+			b.ReportMetric(peak, "peak-MiB")
+		})
+	}
+}
+
+// BenchmarkCatalogLarge reads the catalog of a bucket of 100,000 objects, in
+// pages of 1,000 versions.
+func BenchmarkCatalogLarge(b *testing.B) {
+	const versions = 33_333
+	for _, of := range backends {
+		b.Run(of.name, func(b *testing.B) {
+			s := of.on(startServer(b, "lean", versions))
+			catalog := func() {
+				n := 0
+				for token := ""; ; {
+					page, next, err := s.Catalog(b.Context(), token, 1000)
+					fatal(b, err)
+					n += len(page)
+					if token = next; token == "" {
+						break
+					}
+				}
+				fatal(b, unless(n == versions, fmt.Errorf("%d versions", n)))
+			}
+			peak := peakHeap(catalog)
+			b.ReportAllocs()
+			for b.Loop() {
+				catalog()
+			}
+			b.ReportMetric(peak, "peak-MiB")
+		})
+	}
+}
+
+// BenchmarkZipLarge is the stream of a 50 MB zip, like BenchmarkSaveLarge is its save.
+func BenchmarkZipLarge(b *testing.B) {
+	for _, of := range backends {
+		b.Run(of.name, func(b *testing.B) {
+			bucket := startServer(b, "lean", 0)
+			s := of.on(bucket)
+			read := func() {
+				n, err := readZip(b.Context(), s, testVersion)
+				fatal(b, unless(n == largeZip, err))
+			}
+			bare := func() {
+				n, err := readZip(b.Context(), baseline{bucket}, testVersion)
+				fatal(b, unless(n == largeZip, err))
+			}
+			read()
+			bare()
+			peak := peakHeap(read)
+			ratio := pairs(b, largeZip, read, bare)
+			b.ReportMetric(ratio, "x-bare")
+			b.ReportMetric(peak, "peak-MiB")
+		})
+	}
+}
+
+// BenchmarkSaveLarge is a save of a 50 MB zip. x-bare is its time over that of a
+// bare upload of the same bytes, as the median of pairs that ran in turn, and
+// peak-MiB is by how much the heap in use grows meanwhile. The line is far faster
+// than any to GCS, so that the client's own share of the time shows.
+func BenchmarkSaveLarge(b *testing.B) {
+	for _, sum := range [][]byte{nil, largeMD5()} {
+		name := "gcs"
+		if sum != nil {
+			name = "gcs-md5"
+		}
+		b.Run(name, func(b *testing.B) { benchmarkLarge(b, backends[0].on, sum) })
+	}
+	b.Run("baseline", func(b *testing.B) { benchmarkLarge(b, backends[1].on, nil) })
+}
+
+func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []byte) {
+	mod, info := []byte("module a"), []byte("{}")
+	bucket := startServer(b, "lean", 0)
+	s := on(bucket)
+	save := func() {
+		fatal(b, s.Save(b.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info))
+	}
+	bare := func() { fatal(b, upload(b.Context(), bucket.Object("bare"), newPattern(largeZip))) }
+	save() // connects
+	bare()
+	peak := peakHeap(save)
+	ratio := pairs(b, largeZip, save, bare)
+	inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
+		s := on(f.machine("a").bucket)
+		return measure(f, func() {
+			fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info))
+		})
+	}).report(b)
+	b.ReportMetric(ratio, "x-bare")
+	b.ReportMetric(peak, "peak-MiB")
+}
+
+// traffic is what a call costs on the network.
+type traffic struct {
+	requests, trips, sent, received float64
+	took                            time.Duration
+}
+
+func count(log []request, took time.Duration) traffic {
+	c := traffic{requests: float64(len(log)), trips: float64(serialTrips(log)), took: took}
+	for _, r := range log {
+		c.sent += float64(r.Sent)
+		c.received += float64(r.Received)
+	}
+	return c
+}
+
+// measure counts what do costs.
+func measure(f *fakeGCS, do func()) traffic {
+	f.resetLog()
+	start := time.Now()
+	do()
+	return count(f.log(), time.Since(start))
+}
+
+func (c *traffic) add(d traffic) {
+	c.requests += d.requests
+	c.trips += d.trips
+	c.sent += d.sent
+	c.received += d.received
+	c.took += d.took
+}
+
+func (c *traffic) divide(n float64) {
+	*c = traffic{c.requests / n, c.trips / n, c.sent / n, c.received / n, time.Duration(float64(c.took) / n)}
+}
+
+func (c traffic) report(b *testing.B) {
+	b.ReportMetric(c.requests, "requests/op")
+	b.ReportMetric(c.trips, "serial-trips/op")
+	b.ReportMetric(c.sent, "sent-B/op")
+	b.ReportMetric(c.received, "received-B/op")
+	b.ReportMetric(float64(c.took)/float64(time.Millisecond), "virtual-ms/op")
+}
+
+// inVirtualTime runs f on an empty bucket with a round trip of 20 ms, in a
+// bubble, which only a test can have.
+func inVirtualTime(b *testing.B, run func(t *testing.T, f *fakeGCS) traffic) traffic {
+	b.Helper()
+	var counted traffic
+	all := func(pat, str string) (bool, error) { return true, nil }
+	ok := testing.RunTests(all, []testing.InternalTest{{Name: b.Name(), F: func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeGCS(t)
+			f.tolerate() // the baseline
+			f.setLatency(20 * time.Millisecond)
+			counted = run(t, f)
+		})
+	}}})
+	if !ok {
+		b.FailNow()
+	}
+	return counted
+}
+
+// storeVersions puts n versions into the bucket, the first with a zip of 100 KiB.
+func storeVersions(f *fakeGCS, n int) {
+	for i := range n {
+		c := contentOf("a", smallZip/(i+1))
+		v := version{testModule, fmt.Sprintf("v1.0.%d", i)}
+		f.put(v.object(extMod), c.mod, nil)
+		f.put(v.object(extInfo), c.info, map[string]string{keySaveID: newSaveID()})
+		f.put(v.object(extZip), c.zip, map[string]string{keySaveID: newSaveID()})
+	}
+}
+
+func fatal(t testing.TB, err error) {
+	if err != nil {
+		t.Helper()
+		t.Fatal(err)
+	}
+}
+
+// unless is err, or another error unless ok.
+func unless(ok bool, err error) error {
+	if err == nil && !ok {
+		err = errors.New("not the answer that was expected")
+	}
+	if ok {
+		return nil
+	}
+	return err
+}
+
+func readZip(ctx context.Context, s backend, vers string) (int64, error) {
+	zip, err := s.Zip(ctx, testModule, vers)
+	if err != nil {
+		return 0, err
+	}
+	defer zip.Close()
+	return io.Copy(io.Discard, zip)
+}
+
+// pairs runs do and bare in turn, and returns the median of their times' ratios.
+// The benchmark's figures are do's.
+func pairs(b *testing.B, bytes int64, do, bare func()) float64 {
+	timed := func(f func()) time.Duration {
+		start := time.Now()
+		f()
+		return time.Since(start)
+	}
+	var ratios []float64
+	pair := func(do func()) {
+		var took, bares time.Duration
+		runtime.GC() // or the one pays for the garbage of the other
+		if len(ratios)%2 == 0 {
+			took = timed(do)
+			runtime.GC()
+			bares = timed(bare)
+		} else {
+			bares = timed(bare)
+			runtime.GC()
+			took = timed(do)
+		}
+		ratios = append(ratios, float64(took)/float64(bares))
+	}
+	b.ReportAllocs()
+	b.SetBytes(bytes)
+	for b.Loop() {
+		b.StopTimer()
+		pair(func() {
+			b.StartTimer()
+			do()
+			b.StopTimer()
+		})
+		b.StartTimer()
+	}
+	for len(ratios) < 31 { // a median of few means little
+		pair(do)
+	}
+	slices.Sort(ratios)
+	return ratios[len(ratios)/2]
+}
+
+// peakHeap is by how many MiB the heap in use grows, at most, while f runs.
+func peakHeap(f func()) float64 {
+	runtime.GC()
+	runtime.GC() // sync.Pools give up what they hold in two steps
+	sample := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}}
+	inUse := func() float64 {
+		metrics.Read(sample)
+		return float64(sample[0].Value.Uint64()+sample[1].Value.Uint64()) / (1 << 20)
+	}
+	before := inUse()
+	peak := before
+	done, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				peak = max(peak, inUse())
+			case <-done:
+				peak = max(peak, inUse())
+				return
+			}
+		}
+	}()
+	f()
+	close(done)
+	<-stopped
+	return peak - before
+}
+
+// A pattern is a zip that is made as it is read, so that it takes no memory.
+type pattern struct{ at, size int64 }
+
+var patternBlock = func() []byte {
+	block := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{}).Read(block)
+	return block
+}()
+
+func newPattern(size int64) io.Reader { return &pattern{size: size} }
+
+func (r *pattern) Read(p []byte) (int, error) {
+	if r.at == r.size {
+		return 0, io.EOF
+	}
+	p = p[:min(int64(len(p)), r.size-r.at)]
+	n := copy(p, patternBlock[r.at%int64(len(patternBlock)):])
+	r.at += int64(n)
+	return n, nil
+}
+
+var largeMD5 = sync.OnceValue(func() []byte {
+	h := md5.New()
+	io.Copy(h, newPattern(largeZip))
+	return h.Sum(nil)
+})
+
+// The server of a benchmark is this test program once more.
+const (
+	serverKind     = "GCS_BENCH_SERVER"   // fake, or lean
+	serverVersions = "GCS_BENCH_VERSIONS" // how many it holds
+)
+
+// startServer returns the bucket of a server that runs until the benchmark ends.
+// It is the fake bucket, or a lean one, which forgets what it is sent, and whose
+// time and memory do not depend on what that was.
+func startServer(b *testing.B, kind string, versions int) *storage.BucketHandle {
+	b.Helper()
+	child := exec.Command(os.Args[0], "-test.run=^TestBenchServer$", "-test.v", "-test.timeout=0")
+	child.Env = append(os.Environ(), serverKind+"="+kind, serverVersions+"="+strconv.Itoa(versions))
+	child.Stderr = os.Stderr
+	stdin, err := child.StdinPipe() // whose end tells the child to end
+	fatal(b, err)
+	stdout, err := child.StdoutPipe()
+	fatal(b, err)
+	fatal(b, child.Start())
+	b.Cleanup(func() {
+		stdin.Close()
+		io.Copy(io.Discard, stdout)
+		child.Wait()
+	})
+	endpoint := ""
+	for lines := bufio.NewScanner(stdout); endpoint == ""; {
+		if !lines.Scan() {
+			b.Fatal("the server did not start")
+		}
+		endpoint, _ = strings.CutPrefix(lines.Text(), serverKind+"=")
+		if endpoint == lines.Text() {
+			endpoint = ""
+		}
+	}
+	wire := &http.Transport{MaxIdleConnsPerHost: 1000}
+	b.Cleanup(wire.CloseIdleConnections)
+	client, err := storage.NewClient(context.Background(), option.WithEndpoint(endpoint+"/storage/v1/"),
+		option.WithHTTPClient(&http.Client{Transport: wire}), option.WithoutAuthentication())
+	fatal(b, err)
+	b.Cleanup(func() { client.Close() })
+	return client.Bucket(fakeBucket)
+}
+
+// TestBenchServer is the process that startServer starts.
+func TestBenchServer(t *testing.T) {
+	versions, _ := strconv.Atoi(os.Getenv(serverVersions))
+	var endpoint string
+	switch os.Getenv(serverKind) {
+	case "fake":
+		f := newFakeGCS(t)
+		f.tolerate() // the baseline
+		storeVersions(f, versions)
+		endpoint = listenFake(t, f)
+	case "lean":
+		server := httptest.NewServer(newLeanServer(versions))
+		t.Cleanup(server.Close)
+		endpoint = server.URL
+	default:
+		t.Skip("only for benchmarks")
+	}
+	fmt.Printf("\n%s=%s\n", serverKind, endpoint)
+	io.Copy(io.Discard, os.Stdin)
+}
+
+// A leanServer answers as a bucket of so many versions, with zips of 50 MB. It
+// accepts all that is sent and keeps none of it.
+type leanServer struct {
+	versions int
+	crc32c   string
+	saved    time.Time
+}
+
+func newLeanServer(versions int) *leanServer {
+	h := crc32.New(castagnoli)
+	io.Copy(h, newPattern(largeZip))
+	sum := base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, h.Sum32()))
+	return &leanServer{versions, sum, time.Now()}
+}
+
+func (s *leanServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	io.Copy(io.Discard, r.Body)
+	query := r.URL.Query()
+	switch {
+	case query.Get("uploadType") == "resumable" && r.Method == http.MethodPost:
+		w.Header().Set("Location", "http://"+r.Host+r.URL.Path+"?upload_id=1")
+	case strings.HasSuffix(r.Header.Get("Content-Range"), "/*"):
+		w.Header().Set("X-Http-Status-Code-Override", "308")
+	case r.Method == http.MethodGet && r.URL.Path == "/storage/v1/b/"+fakeBucket+"/o":
+		s.list(w, query)
+	case r.Method == http.MethodGet:
+		w.Header().Set("Content-Length", strconv.Itoa(largeZip))
+		w.Header().Set("Content-Type", "application/zip")
+		w.Header().Set("X-Goog-Generation", "1")
+		w.Header().Set("X-Goog-Hash", "crc32c="+s.crc32c)
+		io.Copy(w, newPattern(largeZip))
+	default:
+		w.Header().Set("Content-Type", "application/json; charset=UTF-8")
+		io.WriteString(w, `{"generation":"1","metageneration":"1"}`)
+	}
+}
+
+// object is the name of the i-th of the bucket's objects, which come in order.
+func (s *leanServer) object(i int) string {
+	return fmt.Sprintf("example.com/module%04d/@v/v1.0.%02d.%s", i/300, i/3%100, []string{extInfo, extMod, extZip}[i%3])
+}
+
+// list answers with a part of a listing.
+func (s *leanServer) list(w http.ResponseWriter, query url.Values) {
+	from := func(name string) int {
+		return sort.Search(3*s.versions, func(i int) bool { return s.object(i) >= name })
+	}
+	prefix, last := query.Get("prefix"), query.Get("endOffset")
+	first, err := strconv.Atoi(query.Get("pageToken"))
+	if err != nil {
+		first = from(max(prefix, query.Get("startOffset")))
+	}
+	end := from(prefix + "\xff")
+	if last != "" {
+		end = min(end, from(last))
+	}
+	size, err := strconv.Atoi(query.Get("maxResults"))
+	if err != nil {
+		size = maxPage
+	}
+	var page bytes.Buffer
+	page.WriteString("{")
+	if first+size < end {
+		end = first + size
+		fmt.Fprintf(&page, `"nextPageToken":"%d",`, end)
+	}
+	page.WriteString(`"items":[`)
+	item := s.item(query.Get("fields"), query.Get("projection"))
+	for i := first; i < end; i++ {
+		if i > first {
+			page.WriteString(",")
+		}
+		page.Write(bytes.ReplaceAll(item, []byte(placeholder), []byte(s.object(i))))
+	}
+	page.WriteString("]}")
+	w.Header().Set("Content-Type", "application/json; charset=UTF-8")
+	w.Write(page.Bytes())
+}
+
+const placeholder = "NAME"
+
+// item is an object in a listing, but for its name. All the others are alike, and
+// to encode each of them would be most of what takes time.
+func (s *leanServer) item(fields, projection string) []byte {
+	o := fakeStored{
+		fakeObject: fakeObject{
+			Name:           placeholder,
+			Metadata:       map[string]string{keySaveID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"},
+			Generation:     s.saved.UnixMicro(),
+			Metageneration: 1,
+			Created:        s.saved,
+			Updated:        s.saved,
+			ContentType:    contentTypes[extZip],
+		},
+		size:   largeZip,
+		md5:    base64.StdEncoding.EncodeToString(make([]byte, md5.Size)),
+		crc32c: s.crc32c,
+	}
+	all := map[string]any{"items": []any{o.json("https://storage.googleapis.com", projection == "full")}}
+	var page struct{ Items []json.RawMessage }
+	if err := json.Unmarshal(jsonAnswer(all, fields).body, &page); err != nil {
+		panic(err)
+	}
+	return page.Items[0]
+}
