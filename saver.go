@@ -102,7 +102,7 @@ type holding struct {
 const maxRefused = 10
 
 // errSpent is why a fenced save can end without a verdict.
-var errSpent = errors.New("another save took the version over and failed, and this one's zip cannot be read again")
+var errSpent = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
 
 // hold writes the .mod with this save's marker, unless another save is at work
 // on the version, for which it waits. It returns errExists when the version is
