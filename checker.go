@@ -7,8 +7,9 @@ import (
 )
 
 // Exists reports whether the version is complete: all three objects are there,
-// from one save, and nobody is writing them. It is false while a save is under
-// way, and when one was cut off.
+// from one save or from before this package came to the bucket, and nobody is
+// writing them. It is false while a save is under way, and when one was cut off,
+// unless all that is missing is its last step.
 //
 // It makes one request, or two when it finds a version of which only the last
 // step of its save is missing, which it then does. If the caller lacks the

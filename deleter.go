@@ -14,7 +14,7 @@ var errNothing error = verdict{KindNotFound, errors.New("none of the version's o
 // there is nothing.
 //
 // The .mod goes first: from then on the version does not exist, and a save that
-// was under way can not complete it (it starts over if it can; see
+// was under way cannot complete it (it starts over if it can; see
 // [Storage.Save]). What is left if Delete is cut short, or fails, is replaced by
 // the next Save and removed by the next Delete.
 //

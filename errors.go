@@ -25,7 +25,7 @@ const (
 	KindGatewayTimeout = http.StatusGatewayTimeout      // the context's deadline passed
 )
 
-// An Error is what every method returns when it fails.
+// An Error is what every function and method of this package returns when it fails.
 type Error struct {
 	Op              string // the call, such as "gcs.Save"
 	Kind            int    // one of the constants
@@ -128,7 +128,7 @@ func isRefused(err error) bool {
 	return hasCode(err, http.StatusPreconditionFailed, codes.FailedPrecondition)
 }
 
-// isAbsent reports whether the object is not there. Nor may the bucket be.
+// isAbsent reports whether the object is not there, or the bucket is not.
 func isAbsent(err error) bool { return errors.Is(err, storage.ErrObjectNotExist) }
 
 func isForbidden(err error) bool {

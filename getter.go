@@ -3,6 +3,7 @@ package gcs
 import (
 	"context"
 	"io"
+	"time"
 
 	"cloud.google.com/go/storage"
 )
@@ -17,8 +18,8 @@ type SizeReadCloser interface {
 //
 // An object that is not there is KindNotFound. Like [Storage.GoMod] and
 // [Storage.Zip], Info reads an object whether its version is complete or not, as
-// Athens' own backends do: it asks for all that it lacks, and so heals a version
-// that is not. Who needs to know asks [Storage.Exists].
+// Athens' own backends do; Athens fetches whatever it finds missing, and so heals
+// an incomplete version. [Storage.Exists] tells whether a version is complete.
 func (s *Storage) Info(ctx context.Context, module, vers string) ([]byte, error) {
 	return s.read(ctx, "Info", module, vers, extInfo)
 }
@@ -64,36 +65,67 @@ func (s *Storage) Zip(ctx context.Context, module, vers string) (SizeReadCloser,
 	if err != nil {
 		return nil, o.end(err)
 	}
-	r, err := s.open(ctx, v, extZip)
-	if err != nil {
+	z := &zipReader{ctx: ctx, v: v}
+	if err = z.open(s); err != nil {
 		return nil, o.end(err)
 	}
-	return zipReader{r, ctx, v}, o.end(nil)
+	return z, o.end(nil)
 }
 
 func (s *Storage) open(ctx context.Context, v version, ext string) (*storage.Reader, error) {
 	r, err := s.object(v, ext).NewReader(ctx)
+	return r, readable(err)
+}
+
+// readable gives the error of a read the kind that says what is missing.
+func readable(err error) error {
 	if isAbsent(err) {
-		return nil, verdict{KindNotFound, err}
+		return verdict{KindNotFound, err}
 	}
-	return r, needs(err, "storage.objects.get")
+	return needs(err, "storage.objects.get")
 }
 
-// A zipReader makes the errors of a stream those of this package.
+// A zipReader is a stream whose errors are those of this package.
 type zipReader struct {
-	r   *storage.Reader
-	ctx context.Context
-	v   version
+	r      *storage.Reader
+	ctx    context.Context // the caller's
+	cancel context.CancelFunc
+	v      version
 }
 
-func (z zipReader) Size() int64 { return z.r.Attrs.Size }
+// open opens the stream, and again when there is no answer: attempt would end its
+// context.
+func (z *zipReader) open(s *Storage) (err error) {
+	for timeout := requestTimeout; ; timeout *= 2 {
+		var ctx context.Context
+		ctx, z.cancel = context.WithCancel(z.ctx)
+		timer := time.AfterFunc(timeout, z.cancel)
+		z.r, err = s.open(ctx, z.v, extZip)
+		hung := !timer.Stop() && z.ctx.Err() == nil
+		if err == nil && !hung {
+			return nil
+		}
+		if err == nil {
+			z.r.Close()
+		}
+		z.cancel()
+		if !hung || timeout > retryLimit {
+			return err
+		}
+	}
+}
 
-func (z zipReader) Read(p []byte) (int, error) {
+func (z *zipReader) Size() int64 { return z.r.Attrs.Size }
+
+func (z *zipReader) Read(p []byte) (int, error) {
 	n, err := z.r.Read(p)
 	if err != io.EOF {
-		err = fail(z.ctx, "Zip", z.v, err)
+		err = fail(z.ctx, "Zip", z.v, readable(err))
 	}
 	return n, err
 }
 
-func (z zipReader) Close() error { return fail(z.ctx, "Zip", z.v, z.r.Close()) }
+func (z *zipReader) Close() error {
+	defer z.cancel()
+	return fail(z.ctx, "Zip", z.v, z.r.Close())
+}

@@ -36,8 +36,8 @@ func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
 	return list, o.end(nil)
 }
 
-// A found is a version whose three objects a scan has met.
-type found struct {
+// A listing is a version whose three objects a scan has met.
+type listing struct {
 	version
 	snapshot
 	// rest is where a scan has to start that finds all versions after this one.
@@ -48,8 +48,8 @@ type found struct {
 // versions that have all three, in the order of the names of their .zip objects,
 // which are the last of each. It holds one page of the listing, of which the first
 // has size objects.
-func (s *Storage) scan(ctx context.Context, prefix, start string, size int) iter.Seq2[found, error] {
-	return func(yield func(found, error) bool) {
+func (s *Storage) scan(ctx context.Context, prefix, start string, size int) iter.Seq2[listing, error] {
+	return func(yield func(listing, error) bool) {
 		q := listQuery(prefix)
 		q.StartOffset = start
 		// The objects of two versions interleave where one's name goes on
@@ -59,7 +59,7 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, size int) iter
 			page, next, err := s.page(ctx, q, token, size)
 			size = maxPage
 			if err != nil {
-				yield(found{}, err)
+				yield(listing{}, err)
 				return
 			}
 			earlier := maps.Clone(open)
@@ -80,11 +80,11 @@ func (s *Storage) scan(ctx context.Context, prefix, start string, size int) iter
 				}
 				if earlier[v] != nil && torn(*seen) {
 					if *seen, err = s.look(ctx, v); err != nil {
-						yield(found{}, err)
+						yield(listing{}, err)
 						return
 					}
 				}
-				if !yield(found{v, *seen, rest}, nil) {
+				if !yield(listing{v, *seen, rest}, nil) {
 					return
 				}
 			}

@@ -10,8 +10,9 @@ import (
 )
 
 const (
-	// keyInProgress marks an object whose writer is not done. Its value is the
-	// time, in RFC 3339 and UTC, at which the writer last renewed it.
+	// keyInProgress marks an object whose writer is not done: the .mod of a save
+	// under way, or the claim of a fetch. Its value is the time, in RFC 3339 and
+	// UTC, at which the writer last renewed it.
 	keyInProgress = "in-progress"
 	// keyInProgressOld is the marker of older Athens versions, with the value "true".
 	keyInProgressOld = "in_progress"
@@ -96,7 +97,7 @@ func isFresh(attrs *storage.ObjectAttrs, now time.Time, threshold time.Duration)
 var (
 	// errFenced means that the object is no longer the lease's own: it was
 	// taken over or deleted, and nothing that this holder sends can change it.
-	errFenced = errors.New("fenced: another save has taken the version over, or it was deleted")
+	errFenced = errors.New("fenced: somebody else has taken the version over or deleted it")
 	// errReleased means that the marker is gone from the lease's own object.
 	errReleased = errors.New("the marker is already cleared")
 )
@@ -172,9 +173,9 @@ func (l *lease) holds(attrs *storage.ObjectAttrs) bool {
 	return attrs != nil && attrs.Generation == l.gen
 }
 
-// owns reports whether a request of this holder wrote the object, and if so
-// makes the lease hold it.
-func (l *lease) owns(attrs *storage.ObjectAttrs) bool {
+// adopt makes the lease hold the object if a request of this holder wrote it,
+// which it reports.
+func (l *lease) adopt(attrs *storage.ObjectAttrs) bool {
 	if attrs == nil || attrs.Metadata[keySaveID] != l.id {
 		return false
 	}
@@ -269,7 +270,7 @@ func (l *lease) find(ctx context.Context) (bool, error) {
 	if isAbsent(err) {
 		return false, nil
 	}
-	return err == nil && l.owns(attrs), err
+	return err == nil && l.adopt(attrs), err
 }
 
 // sleep waits for d or until the context ends.

@@ -16,26 +16,29 @@ import (
 // Save stores a version: the go.mod file, the zip, and the info file.
 //
 // It returns nil when this call stored all three, and an error of
-// KindAlreadyExists when the version is complete, and nothing of this call's
-// remains; either way, all three can be read at once. While another save of the
-// version is under way, on whatever machine, Save waits for it, and takes the
-// version over when it fails or, its marker no longer being renewed, is dead. So
-// of any number of calls that do not fail, one returns nil.
+// KindAlreadyExists when the version is complete and nothing that this call wrote
+// remains. Either way, all three can be read at once. While another save of the
+// version is under way, on whatever machine, Save waits for it. It takes the
+// version over when that save fails, or stops renewing its marker and so is
+// presumed dead. Of any number of calls that do not fail, one returns nil.
 //
 // zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that
 // does not match it is KindBadRequest, as is a nil zip.
 //
-// After any other error the version is not complete, unless it is the answer to the
-// last request that was lost, and the next Save can proceed at once; what this one
-// left behind, it replaces. A zip of up to 1 MiB, or whose reader is an
-// [io.Seeker], can be sent twice. With any other, a save fails that would have to:
-// because the upload hung before its first answer, or because another save had
-// thought this one dead and taken the version over.
+// After any other error the version is not complete, except if only the answer to
+// the last request was lost. The next Save can proceed at once, and replaces what
+// this one left behind; if this one could not reach the bucket for 15 s to give its
+// marker up, the next has to wait for the stale threshold, as after a crash.
+//
+// A zip over 1 MiB (or over the chunk size, if that is less) whose reader is not an
+// [io.Seeker] can be sent only once. Its save fails if it has to be sent again:
+// because the upload could not be started or broke off for good, or because another
+// save took the version over and failed too.
 //
 // Save makes 5 requests for a new version, 3 of them one after another, and 2 at
 // once for a complete version (or 3, if it became complete at that moment). It
 // holds a zip of up to 1 MiB in memory, and one chunk of a larger one. It returns
-// when zip's Read has returned, and leaves no goroutine behind.
+// only after zip's Read has returned, and leaves no goroutine behind.
 func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
 	v, err := newVersion(module, vers)
 	ctx, o := s.begin(ctx, "Save", v)
@@ -81,8 +84,8 @@ func (s *Storage) saveOnce(ctx context.Context, v version, mod []byte, z *source
 		return outcomeExisted, err
 	case err != nil:
 		return outcomeFailed, err
-	case h.found != absent:
-		s.log.InfoContext(ctx, "healed a version", "module", v.module, "version", v.version, "found", h.found.String())
+	case h.before != absent:
+		s.log.InfoContext(ctx, "healed a version", "module", v.module, "version", v.version, "found", h.before.String())
 		return outcomeTookOver, nil
 	default:
 		return outcomeStored, nil
@@ -93,8 +96,8 @@ func (s *Storage) saveOnce(ctx context.Context, v version, mod []byte, z *source
 // carries its marker.
 type holding struct {
 	lease
-	seen  snapshot // the live .info and .zip, which this save's replace
-	found state    // what the version was before
+	seen   snapshot // the last listing; its .info and .zip are what this save replaces
+	before state    // what the version was before this save
 }
 
 // maxRefused is how often in a row a save takes a refused condition for
@@ -120,29 +123,29 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 		if sightings++; sightings == 1 || !sameObject(last, h.seen.mod) {
 			last, changed, sightings = h.seen.mod, time.Now(), 1
 		}
-		if h.owns(h.seen.mod) { // written by a request whose answer was lost
+		if h.adopt(h.seen.mod) { // written by a request whose answer was lost
 			return h, nil
 		}
 		h.tries = 0 // none of which was applied
-		h.found = h.seen.state(s.now(), s.staleThreshold())
-		if h.found == abandoned && fenced && !isGivenUp(last) && time.Since(changed) < s.staleThreshold() {
+		h.before = h.seen.state(s.now(), s.staleThreshold())
+		if h.before == abandoned && fenced && !isGivenUp(last) && time.Since(changed) < s.staleThreshold() {
 			// Whoever fenced this save was alive, though by this machine's clock
 			// or threshold he is not. Two that took over from each other at once
 			// would never end.
-			h.found = inProgress
+			h.before = inProgress
 		}
 		var err error
 		switch {
-		case h.found == complete:
+		case h.before == complete:
 			return nil, errExists
 
-		case h.found == inProgress:
+		case h.before == inProgress:
 			refused = 0
 			if err := s.waitForAnother(ctx, start); err != nil {
 				return nil, err
 			}
 
-		case h.found == unfinished:
+		case h.before == unfinished:
 			if err = s.finish(ctx, v, h.seen); err == nil {
 				return nil, errFinished
 			}
@@ -161,11 +164,11 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 		}
 		if err != nil {
 			if refused++; !isRefused(err) && !isAbsent(err) || refused > maxRefused {
-				return nil, h.fail(ctx, err, false)
+				return nil, h.giveUpAfter(ctx, err, false)
 			}
 		}
 		if h.seen, err = s.look(ctx, v); err != nil {
-			return nil, h.fail(ctx, err, false)
+			return nil, h.giveUpAfter(ctx, err, false)
 		}
 	}
 }
@@ -181,10 +184,10 @@ func (s *Storage) waitForAnother(ctx context.Context, start time.Time) error {
 // complete does what is left to do when the version is held.
 func (h *holding) complete(ctx context.Context, z *source, info []byte) error {
 	if err := h.store(ctx, z, info); err != nil {
-		return h.fail(ctx, err, false)
+		return h.giveUpAfter(ctx, err, false)
 	}
 	if err := h.commit(ctx); err != nil {
-		return h.fail(ctx, err, true)
+		return h.giveUpAfter(ctx, err, true)
 	}
 	return nil
 }
@@ -207,7 +210,7 @@ func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool,
 			err = h.lookAtLeftovers(ctx)
 		}
 		if h.seen.info != nil || h.seen.zip != nil {
-			h.found = partial
+			h.before = partial
 		}
 		return true, err
 	case isRefused(createErr) && err == nil:
@@ -220,7 +223,7 @@ func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool,
 		err = createErr
 	}
 	if err != nil {
-		return false, h.fail(ctx, err, false)
+		return false, h.giveUpAfter(ctx, err, false)
 	}
 	return false, nil
 }
@@ -231,7 +234,7 @@ func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool,
 func (h *holding) lookAtLeftovers(ctx context.Context) error {
 	seen, err := h.s.look(ctx, h.v)
 	if err != nil {
-		return h.fail(ctx, err, false)
+		return h.giveUpAfter(ctx, err, false)
 	}
 	h.seen = seen
 	if !h.holds(seen.mod) {
@@ -290,9 +293,9 @@ func (h *holding) place(ctx context.Context, ext string, old *storage.ObjectAttr
 	}
 }
 
-// fail gives the version up and returns err. A version that turns out to be
+// giveUpAfter gives the version up and returns err. A version that turns out to be
 // complete, with all that this save stored, has not failed.
-func (h *holding) fail(ctx context.Context, err error, stored bool) error {
+func (h *holding) giveUpAfter(ctx context.Context, err error, stored bool) error {
 	if errors.Is(err, errFenced) {
 		return err
 	}

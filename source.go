@@ -92,7 +92,8 @@ func (z *source) mismatch(sum []byte) error {
 	return badRequest("zip", fmt.Errorf("has the MD5 %x, and not %x", sum, z.md5))
 }
 
-// fill is io.ReadFull, but for a reader of which io.ErrUnexpectedEOF is a failure.
+// fill is io.ReadFull, except that an io.ErrUnexpectedEOF of the reader itself
+// remains a failure.
 func (z *source) fill(block []byte) (n int, err error) {
 	for n < len(block) && err == nil {
 		var m int

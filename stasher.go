@@ -24,7 +24,7 @@ type Stasher interface {
 //
 // Callers of one process share one call, with the values of the first one's
 // context. A caller whose context ends stops waiting, and the others do not; the
-// call is cancelled when the last of them has gone.
+// call is cancelled when the last of them has gone, and may return after that.
 //
 // For a version, in contrast to a query, it first looks into the bucket. A
 // version that is complete is not fetched again; one that is being saved, or
@@ -183,7 +183,7 @@ func (s *Storage) claim(ctx context.Context, v version) (claim *lease, done bool
 		if err == nil {
 			done, err = s.settle(ctx, v, seen)
 		}
-		held := l.owns(seen.lock)
+		held := l.adopt(seen.lock)
 		switch {
 		case err != nil || done:
 			if held || err != nil {

@@ -28,8 +28,8 @@ const (
 	// is sent again. It can be: every change is conditional, so that the
 	// second of two that both arrive is refused.
 	requestTimeout = 5 * time.Second
-	// retryLimit is how long requests are sent again, that hang or are answered
-	// with 429 or 503, before the call fails.
+	// retryLimit is how long a request that hangs, or is answered with 429 or 503,
+	// is sent again before the call fails.
 	retryLimit = 5 * time.Minute
 )
 
@@ -55,7 +55,7 @@ const (
 //
 // On the bucket: storage.objects.create, .delete (to replace leftovers), .get,
 // .list and .update (to clear the marker), all of which roles/storage.objectUser
-// holds. Reading alone needs .get and .list.
+// holds. Reading alone needs .get and .list, and [NewStorage]; [Open] asks for all five.
 type Storage struct {
 	bucket    *storage.BucketHandle
 	client    *storage.Client // made by Open, nil otherwise
@@ -76,16 +76,9 @@ func WithStaleThreshold(d time.Duration) Option {
 	return func(s *Storage) { s.SetStaleThreshold(d) }
 }
 
-// WithLogger sends what an operator may want to know to l: at level info when a
-// version that a crash or a failed upload had left behind is healed, at level
-// warn when a marker could not be given up or a save was fenced. A nil l is
-// silent, as is a Storage without this option.
+// WithLogger is [Storage.SetLogger] as an option.
 func WithLogger(l *slog.Logger) Option {
-	return func(s *Storage) {
-		if l != nil {
-			s.log = l
-		}
-	}
+	return func(s *Storage) { s.SetLogger(l) }
 }
 
 // WithChunkSize sets how many bytes of a zip larger than 1 MiB are sent with
@@ -139,6 +132,19 @@ func (s *Storage) SetStaleThreshold(d time.Duration) {
 	s.threshold.Store(int64(d))
 }
 
+// SetLogger sends what an operator may want to know to l: at level info, when a
+// version that a crash or a failed upload had left behind is healed or finished; at
+// level warn, when a marker or a claim could not be given up, when a save was
+// fenced, and when the bucket does not permit claims. A nil l is silent, as is a
+// Storage without a logger. SetLogger must not be called while other calls are
+// under way.
+func (s *Storage) SetLogger(l *slog.Logger) {
+	if l == nil {
+		l = slog.New(slog.DiscardHandler)
+	}
+	s.log = l
+}
+
 func (s *Storage) staleThreshold() time.Duration { return time.Duration(s.threshold.Load()) }
 
 // Close closes the client if [Open] made it, and does nothing otherwise. It must
@@ -155,7 +161,7 @@ func (s *Storage) object(v version, ext string) *storage.ObjectHandle {
 }
 
 // attempt makes a request, and makes it again whenever it was not answered
-// within the timeout, which grows, until the context ends or enough is enough.
+// within the timeout, which grows, until the context ends or retryLimit has passed.
 func attempt(ctx context.Context, timeout time.Duration, request func(context.Context) error) error {
 	for start := time.Now(); ; timeout *= 2 {
 		tryCtx, cancel := context.WithTimeout(ctx, timeout)
@@ -194,7 +200,7 @@ func (s *Storage) attrs(ctx context.Context, v version, ext string) (attrs *stor
 	return attrs, err
 }
 
-// look takes a snapshot of the version, with one request.
+// look takes a snapshot of the version, with one request unless GCS answers in parts.
 func (s *Storage) look(ctx context.Context, v version) (snapshot, error) {
 	seen, pages, err := s.listVersion(ctx, v)
 	for err == nil && pages > 1 {
