@@ -9,10 +9,10 @@
 //	github.com/pkg/errors/@v/v0.9.1.zip
 //
 // GCS changes one object at a time, and a machine can die, or be taken for
-// dead, between any two requests. [Storage.Save] makes one step of three
-// objects all the same: whoever is told that a version is stored finds all of
-// it, of one save, and a version of which a part is missing is stored anew by
-// the next save, without anybody's help.
+// dead, between any two requests. [Storage.Save] makes a single step of storing
+// three objects all the same: whoever is told that a version is stored finds
+// all of it, of one save, and a version of which a part is missing is stored
+// anew by the next save, without anybody's help.
 //
 // # The protocol
 //
@@ -37,8 +37,8 @@
 // the generation of the .mod, only the commit is missing, and whoever sees that
 // does it. In any other case the save takes over: it writes the .mod anew, if
 // it is still the one that two listings in a row have shown, lists the version
-// again, and goes on at step 2. A save that fails sets its marker to 1970, so that nobody waits for
-// it.
+// again, and goes on at step 2. A save that fails sets its marker to 1970, so
+// that nobody waits for it.
 //
 // [Storage.Delete] deletes the .mod first, then the other two, each only if it
 // is the one that its listing showed.
@@ -68,15 +68,15 @@
 // not matter who finishes it, or whether its holder is alive.
 //
 // A request whose answer was lost is made again, and refused the second time. A
-// refusal is therefore never believed: the save reads back what is there, and
-// knows its own objects by save id and size, and its own commit by the
-// generation. A .mod that such a request creates late, when the version was
+// refusal is therefore never taken at face value: the save reads back what is
+// there, and knows its own objects by save id and size, and its own commit by
+// the generation. A .mod that such a request creates late, when the version was
 // saved and deleted, has another generation than the .info and .zip beside it
 // name: it is abandoned, and not unfinished.
 //
 // No step of this looks at a clock. Clocks, and the stale threshold, decide
 // only when a holder is presumed dead; presumed wrongly, its work is wasted,
-// and not harmful. Two machines that each presume the other dead would take
+// but no harm is done. Two machines that each presume the other dead would take
 // over from each other for ever, so a save that has lost its version once
 // believes the next holder for the length of the threshold, whatever the marker
 // says.

@@ -519,8 +519,9 @@ func (w *storm) clearUp() {
 		began := time.Now()
 		o := m.save(m.ctx, vers, rand.New(rand.NewPCG(w.seed, 0)))
 		// A clock that is ahead by less than the threshold makes for a marker
-		// that is fresh for longer. The rest is for pauses after a 429.
-		if took := time.Since(began); took > 2*threshold+15*time.Second {
+		// that is fresh for longer, and this save's own reader may pause for two.
+		// The rest is for pauses after a 429.
+		if took := time.Since(began); took > 4*threshold+15*time.Second {
 			w.report(fmt.Sprintf("when all is calm, a save takes %v:\n\t%v", took, o))
 		}
 		for o.outcome == failed && errors.Is(o.err, errStormReader) {
