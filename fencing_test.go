@@ -1,0 +1,206 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// These are the moments that a storm meets seldom.
+
+// The commit waits for the renewal that is on its way, and does not run into it.
+func TestCommitAwaitsRenewal(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		due := DefaultStaleThreshold / renewals
+		f.onRequest(func(r *request) faultKind {
+			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
+				time.Sleep(3 * time.Second)
+			}
+			return noFault
+		})
+		a := contentOf("a", 100)
+		zip := io.MultiReader(sleepReader(due+time.Second), bytes.NewReader(a.zip))
+		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+		requireStored(t, f, a)
+		var patches []request
+		for _, r := range f.log() {
+			require.Equal(t, 200, r.Status, "%v", r)
+			if r.Op == "patch" {
+				patches = append(patches, r)
+			}
+		}
+		require.Len(t, patches, 2)
+		require.False(t, patches[1].Start.Before(patches[0].End), "the commit overtakes the renewal")
+	})
+}
+
+// A sleeper wakes when another has taken the version over, has stored its zip,
+// and has not committed. It leaves that zip alone.
+func TestSleeperWakesDuringTakeover(t *testing.T) {
+	for name, c := range map[string]struct {
+		size int
+		zip  func(*bytes.Reader) io.Reader
+	}{
+		"in memory":  {100, func(r *bytes.Reader) io.Reader { return plain(r) }},
+		"seekable":   {faultChunk + 1, func(r *bytes.Reader) io.Reader { return r }},
+		"unseekable": {faultChunk + 1, func(r *bytes.Reader) io.Reader { return plain(r) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				a, b := contentOf("a", c.size), contentOf("b", 100)
+				sleeper := f.machine("a")
+				var sleep sync.Once
+				stored := make(chan struct{})
+				f.onRequest(func(r *request) faultKind {
+					switch {
+					case r.Machine == "a" && r.Object == objectName(extZip):
+						sleep.Do(sleeper.pause)
+					case r.Machine == "b" && r.Object == objectName(extInfo):
+						<-stored
+						time.Sleep(5 * time.Second)
+					}
+					return noFault
+				})
+				f.onAnswer(func(r *request) {
+					if r.Machine == "b" && r.Object == objectName(extZip) && r.Applied {
+						close(stored)
+						sleeper.resume()
+					}
+				})
+				var group sync.WaitGroup
+				group.Go(func() {
+					s := NewStorage(sleeper.bucket, WithChunkSize(faultChunk))
+					requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
+				})
+				time.Sleep(time.Second)
+				require.NoError(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)))
+				requireStored(t, f, b)
+				group.Wait()
+				requireStored(t, f, b)
+			})
+		})
+	}
+}
+
+// A save that seems dead to one with another clock commits just before it is
+// taken over. The .mod is then of the same generation as before.
+func TestTakeoverOfCommitted(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		takeover := make(chan struct{})
+		f.onRequest(func(r *request) faultKind {
+			switch {
+			case r.Machine == "a" && r.Object == objectName(extInfo):
+				<-takeover
+			case r.Machine == "b" && r.Object == objectName(extMod) && r.Cond["ifGenerationMatch"] != "0":
+				close(takeover)
+				time.Sleep(time.Second)
+			}
+			return noFault
+		})
+		var group sync.WaitGroup
+		group.Go(func() {
+			require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+		})
+		time.Sleep(time.Second)
+		s := NewStorage(f.machine("b").bucket)
+		s.now = func() time.Time { return time.Now().Add(time.Hour) }
+		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
+		group.Wait()
+		requireStored(t, f, a)
+	})
+}
+
+// The last object of a save arrives when its caller has given up, and was told
+// that nothing is stored. It completes nothing.
+func TestLateObjectOfFailedSave(t *testing.T) {
+	for _, ext := range []string{extInfo, extZip} {
+		t.Run(ext, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				a, b := contentOf("a", 100), contentOf("b", 100)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				f.onRequest(func(r *request) faultKind {
+					if r.Object == objectName(ext) {
+						return stray
+					}
+					return noFault
+				})
+				requireKind(t, a.save(ctx, NewStorage(f.machine("a").bucket)), KindGatewayTimeout)
+				f.onRequest(nil)
+				f.land()
+				require.NotNil(t, f.get(objectName(ext)))
+				time.Sleep(time.Second) // past the limit on writes of one name
+				s := NewStorage(f.machine("b").bucket)
+				exists, err := s.Exists(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.False(t, exists)
+				require.NoError(t, b.save(t.Context(), s))
+				requireStored(t, f, b)
+			})
+		})
+	}
+}
+
+// A create that was thought lost arrives after a delete that was cut short. It
+// does not bring back to life what the delete had not reached.
+func TestLateCreateAfterDelete(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		var once sync.Once
+		f.onRequest(func(r *request) (fault faultKind) {
+			switch {
+			case r.Op == "insert" && r.Object == objectName(extMod):
+				once.Do(func() { fault = stray })
+			case r.Op == "delete":
+				fault = crashAfter
+			}
+			return fault
+		})
+		require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+		requireStored(t, f, a)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		require.Error(t, NewStorage(f.machine("d").bucket).Delete(ctx, testModule, testVersion))
+		f.onRequest(nil)
+		f.land()
+		require.NotNil(t, f.get(objectName(extMod)))
+		time.Sleep(DefaultStaleThreshold)
+		s := NewStorage(f.machine("b").bucket)
+		exists, err := s.Exists(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.False(t, exists)
+		require.NoError(t, b.save(t.Context(), s))
+		requireStored(t, f, b)
+	})
+}
+
+// The listing that goes out beside the create shows a version that is deleted
+// before the create arrives, whose answer is lost. What is stored is this save's
+// own beginning, and not what the listing shows.
+func TestListingBesideLostCreate(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		old, a := contentOf("old", 100), contentOf("a", 100)
+		for ext, data := range map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip} {
+			f.putAt(objectName(ext), data, nil, time.Now().Add(-time.Hour))
+		}
+		var once sync.Once
+		f.onRequest(func(r *request) (fault faultKind) {
+			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {
+				once.Do(func() {
+					time.Sleep(time.Second) // the listing is answered
+					require.NoError(t, NewStorage(f.machine("d").bucket).Delete(t.Context(), testModule, testVersion))
+					fault = lostReset
+				})
+			}
+			return fault
+		})
+		require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+		requireStored(t, f, a)
+	})
+}
