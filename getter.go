@@ -45,7 +45,7 @@ func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byt
 		}
 		defer r.Close()
 		data, err = io.ReadAll(r)
-		return err
+		return readable(err) // it can be deleted in the middle of this
 	})
 	if err != nil {
 		data = nil
