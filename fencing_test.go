@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net/http"
 	"sync"
 	"testing"
 	"time"
@@ -202,5 +203,39 @@ func TestListingBesideLostCreate(t *testing.T) {
 		})
 		require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
 		requireStored(t, f, a)
+	})
+}
+
+// GCS may send a list in parts, and the client hides those that are empty. So a
+// list can miss what came while it was made.
+func TestOneListingMisses(t *testing.T) {
+	// from makes the first list begin at that name, as if the rest had come too late.
+	from := func(f *fakeGCS, name string) *Storage {
+		first := true
+		return behind(f, func(r *http.Request) *http.Response {
+			if q := r.URL.Query(); q.Has("prefix") && first {
+				first = false
+				q.Set("startOffset", name)
+				r.URL.RawQuery = q.Encode()
+			}
+			return nil
+		})
+	}
+	t.Run("Save", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, f *fakeGCS) {
+			a := contentOf("a", 100)
+			require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+			s := from(f, objectName("j")) // without the .info, the version looks partial
+			requireKind(t, contentOf("b", 100).save(t.Context(), s), KindAlreadyExists)
+			requireStored(t, f, a)
+		})
+	})
+	t.Run("Delete", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, f *fakeGCS) {
+			require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket)))
+			s := from(f, objectName("n")) // without the .mod, the .zip looks like a leftover
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+			require.Empty(t, f.names())
+		})
 	})
 }
