@@ -221,16 +221,31 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
 				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
-				m := f.register("b")
-				m.connect(t, []option.ClientOption{
-					option.WithHTTPClient(&http.Client{Transport: &missingOnce{RoundTripper: m, name: objectName(ext)}}),
-					option.WithoutAuthentication(),
-				})
-				requireKind(t, b.save(t.Context(), NewStorage(m.bucket)), KindAlreadyExists)
+				requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
 				requireStored(t, f, a)
 			})
 		})
 	}
+}
+
+// Nor are the objects deleted that are there beside a .mod that is not on the
+// listing, but for the .mod.
+func TestDeleteNeedsTheMod(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket)))
+		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
+		require.Empty(t, f.names())
+	})
+}
+
+// missing returns a Storage whose first listing lacks an object.
+func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
+	m := f.register("missing")
+	m.connect(t, []option.ClientOption{
+		option.WithHTTPClient(&http.Client{Transport: &missingOnce{RoundTripper: m, name: objectName(ext)}}),
+		option.WithoutAuthentication(),
+	})
+	return NewStorage(m.bucket)
 }
 
 // missingOnce leaves an object out of the first listing.
