@@ -13,10 +13,9 @@ import (
 	"time"
 
 	"cloud.google.com/go/storage"
+	"github.com/athensgcs/gcs"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/api/googleapi"
-
-	"github.com/athensgcs/gcs"
 )
 
 // The contract of Athens, as its packages storage, paths, errors and stash

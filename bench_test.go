@@ -31,6 +31,8 @@ import (
 
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // The benchmarks compare this package, as gcs, with a straightforward backend,
@@ -106,7 +108,7 @@ func BenchmarkCall(b *testing.B) {
 			b.Run(c.name+"/"+of.name, func(b *testing.B) {
 				counted := inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
 					storeVersions(f, c.stored)
-					s := of.on(f.machine("a").bucket)
+					s := of.on(f.Machine("a").Bucket)
 					if c.before != nil {
 						fatal(t, c.before(t.Context(), s, "v1.0.0"))
 					}
@@ -149,18 +151,18 @@ func BenchmarkSaveWaits(b *testing.B) {
 			var group sync.WaitGroup
 			group.Go(func() {
 				zip := io.MultiReader(sleepReader(30*time.Second), bytes.NewReader(small.zip))
-				fatal(t, small.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+				fatal(t, small.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
 				done = time.Now()
 			})
 			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)
 			start := time.Now()
-			err := small.save(t.Context(), NewStorage(f.machine("b").bucket))
+			err := small.save(t.Context(), NewStorage(f.Machine("b").Bucket))
 			fatal(t, unless(Is(err, KindAlreadyExists), err))
 			end := time.Now()
 			group.Wait()
 			late += end.Sub(done)
 			waited += end.Sub(start)
-			log := slices.DeleteFunc(f.log(), func(r request) bool { return r.Machine != "b" })
+			log := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool { return r.Machine != "b" })
 			return count(log, end.Sub(start))
 		}))
 	}
@@ -281,7 +283,7 @@ func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []
 	peak := peakHeap(save)
 	ratio := pairs(b, largeZip, save, bare)
 	inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
-		s := on(f.machine("a").bucket)
+		s := on(f.Machine("a").Bucket)
 		return measure(f, func() {
 			fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info))
 		})
@@ -296,8 +298,8 @@ type traffic struct {
 	took                            time.Duration
 }
 
-func count(log []request, took time.Duration) traffic {
-	c := traffic{requests: float64(len(log)), trips: float64(serialTrips(log)), took: took}
+func count(log []fakegcs.Request, took time.Duration) traffic {
+	c := traffic{requests: float64(len(log)), trips: float64(fakegcs.SerialTrips(log)), took: took}
 	for _, r := range log {
 		c.sent += float64(r.Sent)
 		c.received += float64(r.Received)
@@ -307,10 +309,10 @@ func count(log []request, took time.Duration) traffic {
 
 // measure counts what do costs.
 func measure(f *fakeGCS, do func()) traffic {
-	f.resetLog()
+	f.ResetLog()
 	start := time.Now()
 	do()
-	return count(f.log(), time.Since(start))
+	return count(f.Log(), time.Since(start))
 }
 
 func (c *traffic) add(d traffic) {
@@ -343,7 +345,7 @@ func inVirtualTime(b *testing.B, run func(t *testing.T, f *fakeGCS) traffic) tra
 		synctest.Test(t, func(t *testing.T) {
 			f := newFakeGCS(t)
 			f.tolerate() // the baseline
-			f.setLatency(20 * time.Millisecond)
+			f.SetLatency(20 * time.Millisecond)
 			counted = run(t, f)
 		})
 	}}})
@@ -358,9 +360,9 @@ func storeVersions(f *fakeGCS, n int) {
 	for i := range n {
 		c := contentOf("a", smallZip/(i+1))
 		v := version{testModule, fmt.Sprintf("v1.0.%d", i)}
-		f.put(v.object(extMod), c.mod, nil)
-		f.put(v.object(extInfo), c.info, map[string]string{keySaveID: newSaveID()})
-		f.put(v.object(extZip), c.zip, map[string]string{keySaveID: newSaveID()})
+		f.Put(v.object(extMod), c.mod, nil)
+		f.Put(v.object(extInfo), c.info, map[string]string{keySaveID: newSaveID()})
+		f.Put(v.object(extZip), c.zip, map[string]string{keySaveID: newSaveID()})
 	}
 }
 
@@ -531,7 +533,7 @@ func startServer(b *testing.B, kind string, versions int) *storage.BucketHandle 
 		option.WithHTTPClient(&http.Client{Transport: wire}), option.WithoutAuthentication())
 	fatal(b, err)
 	b.Cleanup(func() { client.Close() })
-	return client.Bucket(fakeBucket)
+	return client.Bucket(fakegcs.Bucket)
 }
 
 // TestBenchServer is the process that startServer starts.
@@ -543,7 +545,7 @@ func TestBenchServer(t *testing.T) {
 		f := newFakeGCS(t)
 		f.tolerate() // the baseline
 		storeVersions(f, versions)
-		endpoint = listenFake(t, f)
+		endpoint = f.listen(t)
 	case "lean":
 		server := httptest.NewServer(newLeanServer(versions))
 		t.Cleanup(server.Close)
@@ -564,7 +566,7 @@ type leanServer struct {
 }
 
 func newLeanServer(versions int) *leanServer {
-	h := crc32.New(castagnoli)
+	h := crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	io.Copy(h, newPattern(largeZip))
 	sum := base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, h.Sum32()))
 	return &leanServer{versions, sum, time.Now()}
@@ -578,7 +580,7 @@ func (s *leanServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Location", "http://"+r.Host+r.URL.Path+"?upload_id=1")
 	case strings.HasSuffix(r.Header.Get("Content-Range"), "/*"):
 		w.Header().Set("X-Http-Status-Code-Override", "308")
-	case r.Method == http.MethodGet && r.URL.Path == "/storage/v1/b/"+fakeBucket+"/o":
+	case r.Method == http.MethodGet && r.URL.Path == "/storage/v1/b/"+fakegcs.Bucket+"/o":
 		s.list(w, query)
 	case r.Method == http.MethodGet:
 		w.Header().Set("Content-Length", strconv.Itoa(largeZip))
@@ -622,7 +624,7 @@ func (s *leanServer) list(w http.ResponseWriter, query url.Values) {
 		fmt.Fprintf(&page, `"nextPageToken":"%d",`, end)
 	}
 	page.WriteString(`"items":[`)
-	item := s.item(query.Get("fields"), query.Get("projection"))
+	item := item(url.Values{"fields": query["fields"], "projection": query["projection"]})
 	for i := first; i < end; i++ {
 		if i > first {
 			page.WriteString(",")
@@ -638,24 +640,14 @@ const placeholder = "NAME"
 
 // item is an object in a listing, but for its name. All the others are alike, and
 // to encode each of them would be most of what takes time.
-func (s *leanServer) item(fields, projection string) []byte {
-	o := fakeStored{
-		fakeObject: fakeObject{
-			Name:           placeholder,
-			Metadata:       map[string]string{keySaveID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"},
-			Generation:     s.saved.UnixMicro(),
-			Metageneration: 1,
-			Created:        s.saved,
-			Updated:        s.saved,
-			ContentType:    contentTypes[extZip],
-		},
-		size:   largeZip,
-		md5:    base64.StdEncoding.EncodeToString(make([]byte, md5.Size)),
-		crc32c: s.crc32c,
-	}
-	all := map[string]any{"items": []any{o.json("https://storage.googleapis.com", projection == "full")}}
+func item(query url.Values) []byte {
+	f := fakegcs.New()
+	defer f.Close()
+	f.Put(placeholder, nil, map[string]string{keySaveID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
+	answer := httptest.NewRecorder()
+	f.Handler().ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/storage/v1/b/"+fakegcs.Bucket+"/o?"+query.Encode(), nil))
 	var page struct{ Items []json.RawMessage }
-	if err := json.Unmarshal(jsonAnswer(all, fields).body, &page); err != nil {
+	if err := json.Unmarshal(answer.Body.Bytes(), &page); err != nil {
 		panic(err)
 	}
 	return page.Items[0]

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"slices"
 	"sync"
@@ -42,8 +43,8 @@ func TestRealBucket(t *testing.T) {
 func TestContract(t *testing.T) {
 	f := newFakeGCS(t)
 	f.tolerate() // it makes unconditional requests of its own
-	testContract(t, f.listenClient(t, listenFake(t, f), "contract").bucket, 400*time.Millisecond)
-	require.Empty(t, f.names())
+	testContract(t, f.over(t, f.listen(t), "contract", &http.Transport{}).Bucket, 400*time.Millisecond)
+	require.Empty(t, f.Names())
 }
 
 // bucketTest is a test of the contract against a bucket of whatever kind, below

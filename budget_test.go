@@ -15,6 +15,8 @@ import (
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // What a call may cost at most.
@@ -58,10 +60,10 @@ func TestBudgetRequests(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) { // and no object twice within a second
 				storeVersions(f, test.stored)
-				s := NewStorage(f.machine("a").bucket)
+				s := NewStorage(f.Machine("a").Bucket)
 				cost := measure(f, func() { test.do(t, s) })
-				require.LessOrEqual(t, int(cost.requests), test.requests, "requests: %v", f.log())
-				require.LessOrEqual(t, int(cost.trips), test.trips, "one after another: %v", f.log())
+				require.LessOrEqual(t, int(cost.requests), test.requests, "requests: %v", f.Log())
+				require.LessOrEqual(t, int(cost.trips), test.trips, "one after another: %v", f.Log())
 			})
 		})
 	}
@@ -80,7 +82,7 @@ func TestBudgetListBytes(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		const n = 1000
 		storeVersions(f, n)
-		bucket := f.machine("a").bucket
+		bucket := f.Machine("a").Bucket
 		ours := measure(f, func() { listOf(n)(t, NewStorage(bucket)) })
 		defaults := measure(f, func() {
 			list, err := baseline{bucket}.List(t.Context(), testModule)
@@ -100,7 +102,7 @@ func TestBudgetWaiting(t *testing.T) {
 				done := make(chan time.Time, 1)
 				go func() {
 					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(c.zip))
-					if err := c.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip); err != nil {
+					if err := c.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip); err != nil {
 						t.Error(err)
 					}
 					done <- time.Now()
@@ -108,11 +110,11 @@ func TestBudgetWaiting(t *testing.T) {
 				synctest.Wait()
 				time.Sleep(time.Second)
 				start := time.Now()
-				requireKind(t, c.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+				requireKind(t, c.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 				late, waited := time.Since(<-done), time.Since(start)
 				require.Less(t, late, min(waited/10, 2*time.Second)+40*time.Millisecond) // and a round trip to see it
 				requests := 0
-				for _, r := range f.log() {
+				for _, r := range f.Log() {
 					if r.Machine == "b" {
 						requests++
 					}
@@ -142,7 +144,7 @@ func TestBudgetMemory(t *testing.T) {
 			client, err := storage.NewClient(t.Context(), option.WithHTTPClient(&http.Client{Transport: drain{}}), option.WithoutAuthentication())
 			require.NoError(t, err)
 			defer client.Close()
-			s := NewStorage(client.Bucket(fakeBucket), test.opts...)
+			s := NewStorage(client.Bucket(fakegcs.Bucket), test.opts...)
 			mod, info := []byte("module a"), []byte("{}")
 			h := md5.New()
 			io.Copy(h, newPattern(test.size))

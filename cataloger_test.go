@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // pagesOf returns all pages of a catalog, and calls between before each but the
@@ -57,19 +59,19 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 			{fmt.Sprintf("partial%d", i), "v1.0.0"}, {fmt.Sprintf("zz%d", i), "v1.0.0"},
 		} {
 			for _, ext := range exts {
-				listed(f, v.object(ext), nil, time.Now())
+				f.Put(v.object(ext), nil, nil)
 			}
 		}
 	}
 	for _, v := range []version{{"example.com/m", "v1.in.progress"}, {"y", "v1.0.0"}} {
 		listedVersion(f, v.module, v.version)
-		listed(f, v.object(extMod), marked(now, "a"), time.Now())
+		f.Put(v.object(extMod), nil, marked(now, "a"))
 	}
 	for _, name := range []string{
 		"index.html", "example.com/m/@v/list", "example.com/m/@v/v1.0.0.lock", "example.com/m/@v/v1.0.0.zip.tmp", "/@v/v1.0.0.zip",
 		"example.com/m/@latest", "zzz", "@v/v1.0.0.info", "@v/v1.0.0.mod", "@v/v1.0.0.zip", "a//@v/v1.0.0.zip",
 	} {
-		listed(f, name, nil, time.Now())
+		f.Put(name, nil, nil)
 	}
 	slices.SortFunc(complete, func(a, b version) int {
 		if a.object(extZip) < b.object(extZip) {
@@ -124,7 +126,7 @@ func TestCatalogDefaultPageSize(t *testing.T) {
 
 func removeVersion(f *fakeGCS, v version) {
 	for _, ext := range []string{extInfo, extMod, extZip} {
-		unlist(f, v.object(ext))
+		f.Remove(v.object(ext))
 	}
 }
 
@@ -147,7 +149,7 @@ func TestCatalogWhileChanging(t *testing.T) {
 					passing = append(passing, v)
 					for _, ext := range []string{extInfo, extMod, extZip} {
 						if rnd.IntN(8) > 0 {
-							listed(f, v.object(ext), nil, time.Now())
+							f.Put(v.object(ext), nil, nil)
 						}
 					}
 				}
@@ -247,7 +249,7 @@ func TestCatalogBadTokens(t *testing.T) {
 			}
 			bad = append(bad, base64.RawURLEncoding.EncodeToString(b))
 		}
-		f.resetLog()
+		f.ResetLog()
 		for _, token := range bad {
 			page, next, err := s.Catalog(t.Context(), token, 3)
 			require.Truef(t, Is(err, KindBadRequest), "%q: %v", token, err)
@@ -255,7 +257,7 @@ func TestCatalogBadTokens(t *testing.T) {
 			require.Nil(t, page)
 			require.Empty(t, next)
 		}
-		require.Empty(t, f.log())
+		require.Empty(t, f.Log())
 	})
 }
 
@@ -269,14 +271,14 @@ func TestCatalogErrors(t *testing.T) {
 		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
 		require.ErrorIs(t, err, context.Canceled)
 
-		f.onRequest(func(*request) faultKind { return hung })
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
 		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		_, _, err = s.Catalog(ctx, "", 0)
 		requireError(t, err, KindGatewayTimeout, "gcs.Catalog", "", "")
 		f.onRequest(nil)
 
-		f.deny("storage.objects.list")
+		f.Deny("storage.objects.list")
 		_, _, err = s.Catalog(t.Context(), "", 0)
 		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
 		require.ErrorContains(t, err, "storage.objects.list")

@@ -3,6 +3,7 @@ package gcs
 import (
 	"context"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"slices"
@@ -13,7 +14,8 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // withStorage runs a test in virtual time, with a Storage on a bucket of its own.
@@ -21,18 +23,15 @@ func withStorage(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) 
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
-		test(t, f, NewStorage(f.machine("m").bucket))
+		test(t, f, NewStorage(f.Machine("m").Bucket))
 	})
 }
 
 // behind is a Storage whose requests pass through edit, which may answer itself.
 func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
-	m := f.register("behind")
-	m.connect(f.t, []option.ClientOption{
-		option.WithHTTPClient(&http.Client{Transport: editTransport{m, edit}}),
-		option.WithoutAuthentication(),
-	})
-	return NewStorage(m.bucket)
+	m := f.Register("behind")
+	m.Connect(editTransport{m, edit})
+	return NewStorage(m.Bucket)
 }
 
 type editTransport struct {
@@ -52,48 +51,28 @@ func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return e.next.RoundTrip(r)
 }
 
-// listed makes an object that can be listed and updated, but not read or
-// deleted: the emulator does not know of it. Thousands of them cost nothing.
-func listed(f *fakeGCS, name string, metadata map[string]string, updated time.Time) {
-	f.t.Cleanup(func() { unlist(f, name) })
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.generation++
-	f.objects[name] = &fakeStored{fakeObject: fakeObject{
-		Name: name, Metadata: metadata, Generation: f.generation, Metageneration: 1, Created: updated, Updated: updated,
-	}}
-}
-
-func unlist(f *fakeGCS, name string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.objects, name)
-}
-
-// listedVersion is listed for the three objects of complete versions.
+// listedVersion puts complete versions of empty objects into the bucket.
 func listedVersion(f *fakeGCS, module string, versions ...string) {
 	for _, vers := range versions {
 		for _, ext := range []string{extInfo, extMod, extZip} {
-			listed(f, version{module, vers}.object(ext), nil, time.Now())
+			f.Put(version{module, vers}.object(ext), nil, nil)
 		}
 	}
 }
 
-// described returns an object without its bytes, the zero object if there is none.
-func described(f *fakeGCS, name string) fakeObject {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if o := f.objects[name]; o != nil {
-		return o.fakeObject
+// described returns what there is of an object, the zero Object if there is none.
+func described(f *fakeGCS, name string) fakegcs.Object {
+	if o := f.Get(name); o != nil {
+		return *o
 	}
-	return fakeObject{}
+	return fakegcs.Object{}
 }
 
 // storeFiles puts objects of a version into the bucket as Athens left them.
 func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
 	v := version{module, vers}
 	for _, ext := range exts {
-		f.put(v.object(ext), []byte(ext+" of "+vers), nil)
+		f.Put(v.object(ext), []byte(ext+" of "+vers), nil)
 	}
 }
 
@@ -109,20 +88,10 @@ func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
 	return s.Save(ctx, module, vers, []byte("mod of "+vers), strings.NewReader("zip of "+vers), nil, []byte("info of "+vers))
 }
 
-// changeMetadata updates an object's metadata as another client's request does.
-func changeMetadata(f *fakeGCS, name string, metadata map[string]string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	o := f.objects[name]
-	o.Metadata = maps.Clone(metadata)
-	o.Metageneration++
-	o.Updated = time.Now()
-}
-
 // logged returns the operations of the log, in the order of their arrival.
 func logged(f *fakeGCS) []string {
 	ops := []string{}
-	for _, r := range f.log() {
+	for _, r := range f.Log() {
 		ops = append(ops, r.Op)
 	}
 	return ops
@@ -223,7 +192,7 @@ func TestExistsStates(t *testing.T) {
 							for bit, ext := range []string{extInfo, extMod, extZip} {
 								maps.DeleteFunc(metadata[ext], func(k, v string) bool { return k == keySaveID && v == "" })
 								if subset&(1<<bit) != 0 {
-									listed(f, v.object(ext), metadata[ext], time.Now().Add(marker.updated))
+									f.PutAt(v.object(ext), nil, metadata[ext], time.Now().Add(marker.updated))
 								}
 							}
 
@@ -232,7 +201,7 @@ func TestExistsStates(t *testing.T) {
 							switch method {
 							case "exists":
 								before := described(f, v.object(extMod))
-								f.resetLog()
+								f.ResetLog()
 								got, err := s.Exists(t.Context(), v.module, vers)
 								require.NoError(t, err, name)
 								require.Equal(t, exists, got, name)
@@ -270,8 +239,8 @@ func TestExistsStates(t *testing.T) {
 func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		f.putAt("m/@v/v1.0.0.mod", nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
-		changeMetadata(f, "m/@v/v1.0.0.mod", map[string]string{keyInProgressOld: "true"})
+		f.PutAt("m/@v/v1.0.0.mod", nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
+		f.SetMetadata("m/@v/v1.0.0.mod", map[string]string{keyInProgressOld: "true"})
 		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
 		require.True(t, ok)
@@ -284,7 +253,7 @@ func unfinishedVersion(f *fakeGCS, v version) {
 		if ext == extMod {
 			metadata = marked(time.Now().Add(ago), "a")
 		}
-		f.put(v.object(ext), []byte(ext), metadata)
+		f.Put(v.object(ext), []byte(ext), metadata)
 	}
 }
 
@@ -293,8 +262,8 @@ func TestExistsWithoutUpdatePermission(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		v := version{"m", "v1.0.0"}
 		unfinishedVersion(f, v)
-		before := f.get(v.object(extMod))
-		f.deny("storage.objects.update")
+		before := f.Get(v.object(extMod))
+		f.Deny("storage.objects.update")
 
 		ok, err := s.Exists(t.Context(), v.module, v.version)
 		require.NoError(t, err)
@@ -305,9 +274,9 @@ func TestExistsWithoutUpdatePermission(t *testing.T) {
 		catalog, _, err := s.Catalog(t.Context(), "", 0)
 		require.NoError(t, err)
 		require.Empty(t, catalog)
-		require.Equal(t, before, f.get(v.object(extMod)))
+		require.Equal(t, before, f.Get(v.object(extMod)))
 
-		f.allow("storage.objects.update")
+		f.Allow("storage.objects.update")
 		ok, err = s.Exists(t.Context(), v.module, v.version)
 		require.NoError(t, err)
 		require.True(t, ok)
@@ -324,33 +293,33 @@ func TestExistsRaces(t *testing.T) {
 		change func(f *fakeGCS)
 		want   bool
 	}{
-		{"the holder renews", func(f *fakeGCS) { changeMetadata(f, mod, marked(time.Now(), "a")) }, false},
-		{"the holder gives up", func(f *fakeGCS) { changeMetadata(f, mod, marked(givenUp, "b")) }, false},
-		{"somebody finishes", func(f *fakeGCS) { changeMetadata(f, mod, nil) }, true},
-		{"taken over", func(f *fakeGCS) { f.put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
+		{"the holder renews", func(f *fakeGCS) { f.SetMetadata(mod, marked(time.Now(), "a")) }, false},
+		{"the holder gives up", func(f *fakeGCS) { f.SetMetadata(mod, marked(givenUp, "b")) }, false},
+		{"somebody finishes", func(f *fakeGCS) { f.SetMetadata(mod, nil) }, true},
+		{"taken over", func(f *fakeGCS) { f.Put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
 		{"saved anew", func(f *fakeGCS) { storeVersion(f, v.module, v.version) }, true},
-		{"the .mod is deleted", func(f *fakeGCS) { f.remove(mod) }, false},
+		{"the .mod is deleted", func(f *fakeGCS) { f.Remove(mod) }, false},
 		{"deleted", func(f *fakeGCS) {
-			for _, name := range f.names() {
-				f.remove(name)
+			for _, name := range f.Names() {
+				f.Remove(name)
 			}
 		}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				unfinishedVersion(f, v)
-				var after *fakeObject
-				f.onRequest(func(r *request) faultKind {
+				var after *fakegcs.Object
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Op == "patch" {
 						tc.change(f)
-						after = f.get(mod)
+						after = f.Get(mod)
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				ok, err := s.Exists(t.Context(), v.module, v.version)
 				require.NoError(t, err)
 				require.Equal(t, tc.want, ok)
-				require.Equal(t, after, f.get(mod), "what the other one did must stay")
+				require.Equal(t, after, f.Get(mod), "what the other one did must stay")
 				require.Equal(t, []string{"list", "patch", "list"}, logged(f))
 			})
 		})
@@ -363,13 +332,13 @@ func TestExistsAfterRace(t *testing.T) {
 		v := version{"m", "v1.0.0"}
 		unfinishedVersion(f, v)
 		patches := 0
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "patch" {
 				if patches++; patches == 1 {
-					changeMetadata(f, v.object(extMod), marked(time.Now().Add(ago/2), "a"))
+					f.SetMetadata(v.object(extMod), marked(time.Now().Add(ago/2), "a"))
 				}
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		ok, err := s.Exists(t.Context(), v.module, v.version)
 		require.NoError(t, err)
@@ -381,23 +350,23 @@ func TestExistsAfterRace(t *testing.T) {
 // The answer to the request that finishes a version may be lost.
 func TestExistsFaults(t *testing.T) {
 	for _, op := range []string{"list", "patch"} {
-		for fault := refused; fault <= hungApplied; fault++ {
+		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					v := version{"m", "v1.0.0"}
 					unfinishedVersion(f, v)
 					first := true
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Op == op && first {
 							first = false
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					ok, err := s.Exists(t.Context(), v.module, v.version)
 					require.NoError(t, err)
 					require.True(t, ok)
-					require.Empty(t, f.get(v.object(extMod)).Metadata)
+					require.Empty(t, f.Get(v.object(extMod)).Metadata)
 				})
 			})
 		}
@@ -412,7 +381,10 @@ func TestExistsRefusedForAnotherReason(t *testing.T) {
 		unfinishedVersion(f, v)
 		s := behind(f, func(r *http.Request) *http.Response {
 			if r.Method == http.MethodPatch {
-				return jsonFailure(http.StatusPreconditionFailed, "conditionNotMet", "Public access prevention is enforced.").response(r, false)
+				return &http.Response{
+					StatusCode: http.StatusPreconditionFailed,
+					Body:       io.NopCloser(strings.NewReader(`{"error":{"code":412,"message":"Public access prevention is enforced.","errors":[{"reason":"conditionNotMet"}]}}`)),
+				}
 			}
 			return nil
 		})
@@ -433,7 +405,7 @@ func TestExistsErrors(t *testing.T) {
 		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
 		require.ErrorIs(t, err, context.Canceled)
 
-		f.onRequest(func(*request) faultKind { return hung })
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
 		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		ok, err = s.Exists(ctx, "m", "v1.0.0")
@@ -442,7 +414,7 @@ func TestExistsErrors(t *testing.T) {
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		f.onRequest(nil)
 
-		f.deny("storage.objects.list")
+		f.Deny("storage.objects.list")
 		ok, err = s.Exists(t.Context(), "m", "v1.0.0")
 		require.False(t, ok)
 		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
@@ -455,7 +427,7 @@ func TestExistsErrors(t *testing.T) {
 func TestExistsAmongManyOthers(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for i := range 1200 {
-			listed(f, fmt.Sprintf("m/@v/v1.n%04d.info", i), nil, time.Now())
+			f.Put(fmt.Sprintf("m/@v/v1.n%04d.info", i), nil, nil)
 		}
 		storeFiles(f, "m", "v1", extInfo, extMod)
 		ok, err := s.Exists(t.Context(), "m", "v1")
@@ -469,16 +441,16 @@ func TestExistsAmongManyOthers(t *testing.T) {
 		// A list of several pages is no snapshot: here the version is partial
 		// while the first is read, which ends before the .zip, and another save
 		// has begun when the second is.
-		f.remove("m/@v/v1.zip")
+		f.Remove("m/@v/v1.zip")
 		lists := 0
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "list" {
 				if lists++; lists == 2 {
-					f.put("m/@v/v1.mod", []byte("other"), marked(time.Now(), "b"))
-					f.put("m/@v/v1.zip", []byte("other"), map[string]string{keySaveID: "b"})
+					f.Put("m/@v/v1.mod", []byte("other"), marked(time.Now(), "b"))
+					f.Put("m/@v/v1.zip", []byte("other"), map[string]string{keySaveID: "b"})
 				}
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		ok, err = s.Exists(t.Context(), "m", "v1")
 		require.NoError(t, err)
@@ -493,14 +465,14 @@ func TestExistsAcrossShortPages(t *testing.T) {
 		s := behind(f, pageBy("2"))
 		storeFiles(f, "m", "v1.0.0", extInfo, extMod)
 		lists := 0
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "list" {
 				if lists++; lists == 2 {
-					f.put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
-					f.put("m/@v/v1.0.0.zip", []byte("other"), map[string]string{keySaveID: "b"})
+					f.Put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
+					f.Put("m/@v/v1.0.0.zip", []byte("other"), map[string]string{keySaveID: "b"})
 				}
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		// The version is partial while it is read first, then a save begins that
 		// never ends.

@@ -13,31 +13,33 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A cut is where a call is cut off: at one of its requests, which are told apart
 // by what they do and to what. Without a request it is not.
 type cut struct {
 	at   string
-	kind faultKind
+	kind fakegcs.Fault
 }
 
 // A machine that crashes says nothing more. A caller that gives up leaves the
 // library the time to clean up behind itself.
-var cutKinds = map[faultKind]string{
-	crashBefore: "crash before",
-	crashAfter:  "crash after",
-	hung:        "give up before",
-	hungApplied: "give up after",
+var cutKinds = map[fakegcs.Fault]string{
+	fakegcs.CrashBefore: "crash before",
+	fakegcs.CrashAfter:  "crash after",
+	fakegcs.Hung:        "give up before",
+	fakegcs.HungApplied: "give up after",
 }
 
 func (c cut) String() string { return cutKinds[c.kind] + " " + c.at }
 
-func (c cut) crashes() bool { return c.kind == crashBefore || c.kind == crashAfter }
+func (c cut) crashes() bool { return c.kind == fakegcs.CrashBefore || c.kind == fakegcs.CrashAfter }
 
 // cutAt names a machine's requests, in an order that does not depend on which of
 // two that go out together is first.
-func cutAt(log []request, machine string) (names []string) {
+func cutAt(log []fakegcs.Request, machine string) (names []string) {
 	seen := map[string]int{}
 	for _, r := range log {
 		if r.Machine != machine {
@@ -93,21 +95,21 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		defer func() {
 			if t.Failed() {
 				t.Log(what)
-				for _, r := range f.log() {
+				for _, r := range f.Log() {
 					t.Log(r.Start.Sub(start), r)
 				}
 			}
 		}()
-		f.setLatency(20 * time.Millisecond)
+		f.SetLatency(20 * time.Millisecond)
 		sc.found(f)
 		stored := map[string]content{"old": contentOf("old", 50)}
 		began := time.Now()
 		for i, c := range cuts {
 			who := string(rune('a' + i))
 			stored[who] = contentOf(who, 100+i)
-			before := f.log()
+			before := f.Log()
 			sc.cutOff(t, f, sc.calls[i], who, stored[who], c)
-			names = cutAt(f.log()[len(before):], who)
+			names = cutAt(f.Log()[len(before):], who)
 			if i+1 < len(cuts) && c.crashes() {
 				time.Sleep(crashThreshold) // who comes next need not wait for the marker
 			}
@@ -117,8 +119,8 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		last := cuts[len(cuts)-1]
 
 		// A version without its .mod does not exist, whatever else a delete left.
-		s := NewStorage(f.machine("s").bucket, WithStaleThreshold(crashThreshold))
-		if f.get(objectName(extMod)) == nil {
+		s := NewStorage(f.Machine("s").Bucket, WithStaleThreshold(crashThreshold))
+		if f.Get(objectName(extMod)) == nil {
 			exists, err := s.Exists(t.Context(), testModule, testVersion)
 			require.NoError(t, err)
 			require.False(t, exists)
@@ -138,7 +140,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 			require.NotEqual(t, "s", winner)
 		}
 		began = time.Now()
-		s = NewStorage(f.machine("t").bucket, WithStaleThreshold(crashThreshold))
+		s = NewStorage(f.Machine("t").Bucket, WithStaleThreshold(crashThreshold))
 		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
 		require.Less(t, time.Since(began), time.Second)
 		exists, err := s.Exists(t.Context(), testModule, testVersion)
@@ -156,12 +158,12 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 	var mu sync.Mutex
 	fired := false
 	seen := map[string]int{}
-	m := f.machine(who)
-	f.onRequest(func(r *request) faultKind {
+	m := f.Machine(who)
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 		if r.Machine != who {
-			return noFault
+			return fakegcs.NoFault
 		}
-		name := strings.TrimSuffix(cutAt([]request{*r}, who)[0], "0")
+		name := strings.TrimSuffix(cutAt([]fakegcs.Request{*r}, who)[0], "0")
 		for _, op := range strings.Fields(name) {
 			if slices.Contains(sc.slow, op) {
 				time.Sleep(time.Millisecond)
@@ -172,7 +174,7 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 		n := seen[name]
 		seen[name]++
 		if fired || fmt.Sprint(name, n) != at.at {
-			return noFault
+			return fakegcs.NoFault
 		}
 		fired = true
 		if at.crashes() {
@@ -182,7 +184,7 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 		}
 		return at.kind
 	})
-	go func() { returned <- call(ctx, NewStorage(m.bucket, WithStaleThreshold(crashThreshold)), c) }()
+	go func() { returned <- call(ctx, NewStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
 	select {
 	case <-crashed: // the call goes on until the test ends, but is not heard
 	case err := <-returned:
@@ -197,8 +199,8 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 // whoseVersion returns whose three objects a complete version has.
 func whoseVersion(t *testing.T, f *fakeGCS, stored map[string]content) string {
 	t.Helper()
-	info, mod, zip := f.get(objectName(extInfo)), f.get(objectName(extMod)), f.get(objectName(extZip))
-	require.True(t, info != nil && mod != nil && zip != nil, "the version has only %v", f.names())
+	info, mod, zip := f.Get(objectName(extInfo)), f.Get(objectName(extMod)), f.Get(objectName(extZip))
+	require.True(t, info != nil && mod != nil && zip != nil, "the version has only %v", f.Names())
 	require.Empty(t, mod.Metadata)
 	for _, who := range slices.Sorted(maps.Keys(stored)) {
 		if c := stored[who]; bytes.Equal(mod.Data, c.mod) {
@@ -226,7 +228,7 @@ func crashScenes() []crashScene {
 					metadata = marker
 				}
 				if strings.Contains(exts, ext) {
-					f.putAt(objectName(ext), data, metadata, created)
+					f.PutAt(objectName(ext), data, metadata, created)
 				}
 			}
 		}
@@ -309,9 +311,9 @@ func TestCrashTwice(t *testing.T) {
 			t.Run(sc.name+" then "+next, func(t *testing.T) {
 				t.Parallel()
 				for _, at := range sc.play(t, cut{}) {
-					for _, kind := range []faultKind{crashBefore, crashAfter} {
+					for _, kind := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
 						for _, at2 := range sc.play(t, cut{at, kind}, cut{}) {
-							for _, kind2 := range []faultKind{crashBefore, crashAfter} {
+							for _, kind2 := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
 								sc.play(t, cut{at, kind}, cut{at2, kind2})
 							}
 						}

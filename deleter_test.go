@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // Whatever there is of a version is removed, its .mod before the rest.
@@ -21,7 +23,7 @@ func TestDeleteSubsets(t *testing.T) {
 					for _, v := range neighbours {
 						storeVersion(f, v.module, v.version)
 					}
-					kept := f.names()
+					kept := f.Names()
 					objects := 0
 					for bit, ext := range []string{extInfo, extMod, extZip} {
 						if subset&(1<<bit) != 0 {
@@ -30,24 +32,24 @@ func TestDeleteSubsets(t *testing.T) {
 						}
 					}
 					if mark != nil && subset&2 != 0 {
-						changeMetadata(f, "m/@v/v1.0.0.mod", mark)
+						f.SetMetadata("m/@v/v1.0.0.mod", mark)
 					}
-					f.setLatency(100 * time.Millisecond)
+					f.SetLatency(100 * time.Millisecond)
 					err := s.Delete(t.Context(), "m", "v1.0.0")
 					if objects == 0 {
 						requireError(t, err, KindNotFound, "gcs.Delete", "m", "v1.0.0")
 					} else {
 						require.NoError(t, err)
 					}
-					require.Equal(t, kept, f.names())
+					require.Equal(t, kept, f.Names())
 
-					log := f.log()
+					log := f.Log()
 					requests := 1 + objects
 					if objects > 0 && subset&2 == 0 {
 						requests++ // to be sure that there is no .mod
 					}
 					require.Len(t, log, requests)
-					require.LessOrEqual(t, serialTrips(log), 3)
+					require.LessOrEqual(t, fakegcs.SerialTrips(log), 3)
 					for _, r := range log {
 						if r.Op == "delete" && r.Object == "m/@v/v1.0.0.mod" {
 							continue
@@ -68,18 +70,18 @@ func TestDeleteSubsets(t *testing.T) {
 // Every request of a delete can fail once, applied or not.
 func TestDeleteFaults(t *testing.T) {
 	for n := range 4 {
-		for fault := refused; fault <= hungApplied; fault++ {
+		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprintf("request %d %v", n, fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					storeVersion(f, "m", "v1.0.0")
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.N == n {
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
-					require.Empty(t, f.names())
+					require.Empty(t, f.Names())
 				})
 			})
 		}
@@ -90,30 +92,30 @@ func TestDeleteFaults(t *testing.T) {
 // happened follows.
 func TestDeleteCrashes(t *testing.T) {
 	for n := range 4 {
-		for _, fault := range []faultKind{crashBefore, crashAfter} {
+		for _, fault := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
 			for _, next := range []string{"Save", "Delete"} {
 				t.Run(fmt.Sprintf("request %d %v, then %s", n, fault, next), func(t *testing.T) {
 					withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 						require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0"))
-						doomed := f.machine("doomed")
-						f.onRequest(func(r *request) faultKind {
+						doomed := f.Machine("doomed")
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 							if r.Machine == "doomed" && r.MachineN == n {
 								return fault
 							}
-							return noFault
+							return fakegcs.NoFault
 						})
 						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 						defer cancel()
-						err := NewStorage(doomed.bucket).Delete(ctx, "m", "v1.0.0")
+						err := NewStorage(doomed.Bucket).Delete(ctx, "m", "v1.0.0")
 						requireError(t, err, KindGatewayTimeout, "gcs.Delete", "m", "v1.0.0")
 
 						// The second request deletes the .mod.
-						begun := n > 1 || n == 1 && fault == crashAfter
+						begun := n > 1 || n == 1 && fault == fakegcs.CrashAfter
 						ok, err := s.Exists(t.Context(), "m", "v1.0.0")
 						require.NoError(t, err)
 						require.Equal(t, !begun, ok)
 
-						left := len(f.names())
+						left := len(f.Names())
 						err = calls[next](t, s, "m", "v1.0.0")
 						switch {
 						case next == "Save" && !begun:
@@ -127,7 +129,7 @@ func TestDeleteCrashes(t *testing.T) {
 						require.NoError(t, err)
 						require.Equal(t, next == "Save", ok)
 						if next == "Delete" {
-							require.Empty(t, f.names())
+							require.Empty(t, f.Names())
 						}
 					})
 				})
@@ -143,20 +145,20 @@ func TestDeleteTwice(t *testing.T) {
 		t.Run(fmt.Sprint(offset), func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				storeVersion(f, "m", "v1.0.0")
-				f.setLatency(100 * time.Millisecond)
+				f.SetLatency(100 * time.Millisecond)
 				var wg sync.WaitGroup
 				errs := make([]error, 2)
 				wg.Go(func() { errs[0] = s.Delete(t.Context(), "m", "v1.0.0") })
 				wg.Go(func() {
 					time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-					errs[1] = NewStorage(f.machine("second").bucket).Delete(t.Context(), "m", "v1.0.0")
+					errs[1] = NewStorage(f.Machine("second").Bucket).Delete(t.Context(), "m", "v1.0.0")
 				})
 				wg.Wait()
 				require.Contains(t, errs, nil)
 				for _, err := range errs {
 					require.True(t, err == nil || Is(err, KindNotFound), "%v", err)
 				}
-				require.Empty(t, f.names())
+				require.Empty(t, f.Names())
 			})
 		})
 	}
@@ -172,7 +174,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					if leftovers {
 						storeFiles(f, "m", "v1.0.0", extInfo, extZip)
 					}
-					f.setLatency(100 * time.Millisecond)
+					f.SetLatency(100 * time.Millisecond)
 					var wg sync.WaitGroup
 					var saveErr, deleteErr error
 					var saved, deleted time.Time
@@ -183,14 +185,14 @@ func TestDeleteDuringSave(t *testing.T) {
 					started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
 					wg.Go(func() {
 						time.Sleep(time.Until(started))
-						deleteErr = NewStorage(f.machine("deleter").bucket).Delete(t.Context(), "m", "v1.0.0")
+						deleteErr = NewStorage(f.Machine("deleter").Bucket).Delete(t.Context(), "m", "v1.0.0")
 						deleted = time.Now()
 					})
 					wg.Wait()
 
 					require.NoError(t, saveErr, "a save whose version is deleted starts over")
 					require.True(t, deleteErr == nil || Is(deleteErr, KindNotFound), "%v", deleteErr)
-					f.setLatency(0)
+					f.SetLatency(0)
 					ok, err := s.Exists(t.Context(), "m", "v1.0.0")
 					require.NoError(t, err)
 					switch {
@@ -200,7 +202,7 @@ func TestDeleteDuringSave(t *testing.T) {
 						require.False(t, ok, "the delete began after the save")
 					}
 					if !ok {
-						require.Nil(t, f.get("m/@v/v1.0.0.mod"))
+						require.Nil(t, f.Get("m/@v/v1.0.0.mod"))
 						require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0"))
 					}
 					for op, read := range readers {
@@ -220,16 +222,16 @@ func TestDeleteTakenOver(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
 		deletes := 0
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "delete" {
 				if deletes++; deletes == 1 {
-					f.put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
+					f.Put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
 				}
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
-		require.Empty(t, f.names())
+		require.Empty(t, f.Names())
 	})
 }
 
@@ -237,14 +239,14 @@ func TestDeleteTakenOver(t *testing.T) {
 func TestDeleteSparesSuccessor(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		saver := NewStorage(f.machine("saver").bucket)
+		saver := NewStorage(f.Machine("saver").Bucket)
 		var once sync.Once
 		saved := false
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Machine == "m" && r.Op == "delete" && r.Object != "m/@v/v1.0.0.mod" {
 				once.Do(func() { saved = saveVersion(t.Context(), saver, "m", "v1.0.0") == nil })
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
 		require.True(t, saved)
@@ -265,7 +267,7 @@ func TestDeleteBesideClaim(t *testing.T) {
 					if fresh {
 						claim = marked(time.Now(), "a")
 					}
-					f.put("m/@v/v1.0.0.lock", nil, claim)
+					f.Put("m/@v/v1.0.0.lock", nil, claim)
 					storeFiles(f, "m", "v1.0.0", files...)
 					err := s.Delete(t.Context(), "m", "v1.0.0")
 					if files == nil {
@@ -274,9 +276,9 @@ func TestDeleteBesideClaim(t *testing.T) {
 						require.NoError(t, err)
 					}
 					if fresh {
-						require.Equal(t, []string{"m/@v/v1.0.0.lock"}, f.names())
+						require.Equal(t, []string{"m/@v/v1.0.0.lock"}, f.Names())
 					} else {
-						require.Empty(t, f.names())
+						require.Empty(t, f.Names())
 					}
 				})
 			})
@@ -287,21 +289,21 @@ func TestDeleteBesideClaim(t *testing.T) {
 func TestDeletePermissions(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		names := f.names()
-		f.deny("storage.objects.delete")
+		names := f.Names()
+		f.Deny("storage.objects.delete")
 		err := s.Delete(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
 		require.ErrorContains(t, err, "storage.objects.delete")
 		require.ErrorContains(t, err, "roles/storage.objectUser")
-		require.Equal(t, names, f.names())
-		f.allow("storage.objects.delete")
+		require.Equal(t, names, f.Names())
+		f.Allow("storage.objects.delete")
 
-		f.retain(true)
+		f.Retain(true)
 		err = s.Delete(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
 		require.ErrorContains(t, err, "retention policy")
 		require.NotContains(t, err.Error(), "roles/", "no role helps")
-		require.Equal(t, names, f.names())
+		require.Equal(t, names, f.Names())
 	})
 }
 
@@ -309,7 +311,7 @@ func TestDeleteContext(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
 		ctx, cancel := context.WithCancel(t.Context())
-		f.onAnswer(func(r *request) {
+		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Op == "list" {
 				cancel()
 			}
@@ -317,7 +319,7 @@ func TestDeleteContext(t *testing.T) {
 		err := s.Delete(ctx, "m", "v1.0.0")
 		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
 		require.ErrorIs(t, err, context.Canceled)
-		require.Len(t, f.names(), 3)
+		require.Len(t, f.Names(), 3)
 		require.False(t, slices.Contains(logged(f)[1:], "list"))
 	})
 }

@@ -30,6 +30,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 func TestErrorString(t *testing.T) {
@@ -225,7 +227,7 @@ func newGRPCBucket(t *testing.T) (*grpcBucket, *storage.BucketHandle) {
 	client, err := storage.NewGRPCClient(context.Background(), option.WithGRPCConn(conn), option.WithoutAuthentication(), storage.WithDisabledClientMetrics())
 	require.NoError(t, err)
 	t.Cleanup(func() { client.Close() })
-	return b, client.Bucket(fakeBucket)
+	return b, client.Bucket(fakegcs.Bucket)
 }
 
 func (b *grpcBucket) serve(_ any, stream grpc.ServerStream) error {

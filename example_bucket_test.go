@@ -8,5 +8,5 @@ import (
 
 // NewExampleBucket is an empty bucket for the examples, which have no testing.T.
 func NewExampleBucket() *storage.BucketHandle {
-	return newFakeGCS(new(testing.T)).machine("example").bucket
+	return newFakeGCS(new(testing.T)).Machine("example").Bucket
 }

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A faultScene is what is found in the bucket, and a call whose every request
@@ -40,7 +42,7 @@ func faultScenes() []faultScene {
 				if ext != extMod {
 					metadata = map[string]string{keySaveID: "old"}
 				}
-				f.putAt(objectName(ext), data, metadata, time.Now().Add(-time.Hour))
+				f.PutAt(objectName(ext), data, metadata, time.Now().Add(-time.Hour))
 			}
 		}
 	}
@@ -65,7 +67,7 @@ func faultScenes() []faultScene {
 		{name: "partial", found: leave(nil, extMod, extZip)},
 		{name: "without .mod", found: leave(nil, extInfo, extZip)},
 		{name: "soon stale", found: func(f *fakeGCS, old content) {
-			f.put(objectName(extMod), old.mod, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
+			f.Put(objectName(extMod), old.mod, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
 			time.Sleep(100 * time.Millisecond)
 		}},
 		{name: "Exists finishes", found: leave(stale, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
@@ -112,63 +114,63 @@ type ending struct {
 }
 
 // play makes the call, with a fault at one of its requests (see cutAt).
-func (sc faultScene) play(t *testing.T, at string, fault faultKind) (end ending, took time.Duration, names []string) {
+func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end ending, took time.Duration, names []string) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		f, start := newFakeGCS(t), time.Now()
 		defer func() {
 			if t.Failed() {
 				t.Logf("%s, %v at %s", sc.name, fault, at)
-				for _, r := range f.log() {
+				for _, r := range f.Log() {
 					t.Log(r.Start.Sub(start), r)
 				}
 			}
 		}()
-		f.setLatency(20 * time.Millisecond)
+		f.SetLatency(20 * time.Millisecond)
 		old, a := contentOf("old", 50), contentOf("a", sc.size)
 		sc.found(f, old)
 
 		var mu sync.Mutex
 		seen, fired := map[string]int{}, false
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == sc.slow || r.Object == objectName(extZip) {
 				time.Sleep(time.Millisecond)
 			}
-			name := strings.TrimSuffix(cutAt([]request{*r}, "a")[0], "0")
+			name := strings.TrimSuffix(cutAt([]fakegcs.Request{*r}, "a")[0], "0")
 			mu.Lock()
 			defer mu.Unlock()
 			n := seen[name]
 			seen[name]++
 			if fired || fmt.Sprint(name, n) != at {
-				return noFault
+				return fakegcs.NoFault
 			}
 			fired = true
 			return fault
 		})
-		s := NewStorage(f.machine("a").bucket, WithChunkSize(faultChunk))
+		s := NewStorage(f.Machine("a").Bucket, WithChunkSize(faultChunk))
 		began := time.Now()
 		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
-		took, names, end.kind = time.Since(began), cutAt(f.log(), "a"), Kind(err)
+		took, names, end.kind = time.Since(began), cutAt(f.Log(), "a"), Kind(err)
 		require.Equal(t, at != "", fired, "the request is never made")
 		f.onRequest(nil)
-		if len(f.names()) != 0 && end.kind != KindUnexpected {
+		if len(f.Names()) != 0 && end.kind != KindUnexpected {
 			end.winner = whoseVersion(t, f, map[string]content{"old": old, "a": a})
 		}
-		if fault == stray {
-			f.land() // late, and to no effect
+		if fault == fakegcs.Stray {
+			f.Land() // late, and to no effect
 			if end.winner != "" {
 				require.Equal(t, end.winner, whoseVersion(t, f, map[string]content{"old": old, "a": a}))
 			}
 		}
 		began = time.Now()
-		err = contentOf("b", 10).save(t.Context(), NewStorage(f.machine("b").bucket))
+		err = contentOf("b", 10).save(t.Context(), NewStorage(f.Machine("b").Bucket))
 		if end.winner != "" {
 			requireKind(t, err, KindAlreadyExists)
 		} else {
 			require.NoError(t, err)
 		}
 		require.Less(t, time.Since(began), time.Second)
-		requests, bodies := f.inFlight()
+		requests, bodies := f.InFlight()
 		require.Zero(t, requests)
 		require.Zero(t, bodies)
 	})
@@ -181,15 +183,15 @@ func TestOneFault(t *testing.T) {
 	for _, sc := range faultScenes() {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()
-			want, usually, names := sc.play(t, "", noFault)
+			want, usually, names := sc.play(t, "", fakegcs.NoFault)
 			for _, at := range names {
-				for _, fault := range []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany, hung, hungApplied, stray} {
+				for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray} {
 					end, took, _ := sc.play(t, at, fault)
 					limit := usually + faultLimit
 					if strings.HasPrefix(at, "start") || strings.HasPrefix(at, "chunk") {
 						limit += 3 * uploadTimeout(faultChunk)
 					}
-					hangs := fault == hung || fault == hungApplied || fault == stray
+					hangs := fault == fakegcs.Hung || fault == fakegcs.HungApplied || fault == fakegcs.Stray
 					if hangs && strings.HasPrefix(at, "start") && !sc.seeks() {
 						// The only fault that costs a save, and the doc of Save says so:
 						// what was read for the first chunk is in the client's hands.

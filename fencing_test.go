@@ -13,7 +13,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // These are the moments that a storm meets seldom.
@@ -22,18 +23,18 @@ import (
 func TestCommitAwaitsRenewal(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		due := DefaultStaleThreshold / renewals
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
 				time.Sleep(3 * time.Second)
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		a := contentOf("a", 100)
 		zip := io.MultiReader(sleepReader(due+time.Second), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
 		requireStored(t, f, a)
-		var patches []request
-		for _, r := range f.log() {
+		var patches []fakegcs.Request
+		for _, r := range f.Log() {
 			require.Equal(t, 200, r.Status, "%v", r)
 			if r.Op == "patch" {
 				patches = append(patches, r)
@@ -58,34 +59,34 @@ func TestSleeperWakesDuringTakeover(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", c.size), contentOf("b", 100)
-				sleeper := f.machine("a")
+				sleeper := f.Machine("a")
 				var sleep, wake sync.Once
 				stored := make(chan struct{})
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					switch {
 					case r.Machine == "a" && r.Object == objectName(extZip):
-						sleep.Do(sleeper.pause)
+						sleep.Do(sleeper.Pause)
 					case r.Machine == "a" && r.Op == "patch":
 						time.Sleep(2 * requestTimeout) // or it would know sooner
 					case r.Machine == "b" && r.Object == objectName(extInfo):
 						<-stored
 						time.Sleep(5 * time.Second)
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
-				f.onAnswer(func(r *request) {
+				f.onAnswer(func(r *fakegcs.Request) {
 					if r.Machine == "b" && r.Object == objectName(extZip) && r.Applied {
 						wake.Do(func() { close(stored) })
-						sleeper.resume()
+						sleeper.Resume()
 					}
 				})
 				var group sync.WaitGroup
 				group.Go(func() {
-					s := NewStorage(sleeper.bucket, WithChunkSize(faultChunk))
+					s := NewStorage(sleeper.Bucket, WithChunkSize(faultChunk))
 					requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
 				})
 				time.Sleep(time.Second)
-				require.NoError(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)))
+				require.NoError(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)))
 				requireStored(t, f, b)
 				group.Wait()
 				requireStored(t, f, b)
@@ -101,7 +102,7 @@ func TestTakeoverOfCommitted(t *testing.T) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		var once sync.Once
 		takeover := make(chan struct{})
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			switch {
 			case r.Machine == "a" && r.Object == objectName(extInfo):
 				<-takeover
@@ -109,14 +110,14 @@ func TestTakeoverOfCommitted(t *testing.T) {
 				once.Do(func() { close(takeover) })
 				time.Sleep(time.Second)
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		var group sync.WaitGroup
 		group.Go(func() {
-			require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+			require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 		})
 		time.Sleep(time.Second)
-		s := NewStorage(f.machine("b").bucket)
+		s := NewStorage(f.Machine("b").Bucket)
 		s.now = func() time.Time { return time.Now().Add(time.Hour) }
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
 		group.Wait()
@@ -133,18 +134,18 @@ func TestLateObjectOfFailedSave(t *testing.T) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
 				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 				defer cancel()
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Object == objectName(ext) {
-						return stray
+						return fakegcs.Stray
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
-				requireKind(t, a.save(ctx, NewStorage(f.machine("a").bucket)), KindGatewayTimeout)
+				requireKind(t, a.save(ctx, NewStorage(f.Machine("a").Bucket)), KindGatewayTimeout)
 				f.onRequest(nil)
-				f.land()
-				require.NotNil(t, f.get(objectName(ext)))
+				f.Land()
+				require.NotNil(t, f.Get(objectName(ext)))
 				time.Sleep(time.Second) // past the limit on writes of one name
-				s := NewStorage(f.machine("b").bucket)
+				s := NewStorage(f.Machine("b").Bucket)
 				exists, err := s.Exists(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
 				require.False(t, exists)
@@ -161,25 +162,25 @@ func TestLateCreateAfterDelete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		var once sync.Once
-		f.onRequest(func(r *request) (fault faultKind) {
+		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
 			switch {
 			case r.Op == "insert" && r.Object == objectName(extMod):
-				once.Do(func() { fault = stray })
+				once.Do(func() { fault = fakegcs.Stray })
 			case r.Op == "delete":
-				fault = crashAfter
+				fault = fakegcs.CrashAfter
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+		require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 		requireStored(t, f, a)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		require.Error(t, NewStorage(f.machine("d").bucket).Delete(ctx, testModule, testVersion))
+		require.Error(t, NewStorage(f.Machine("d").Bucket).Delete(ctx, testModule, testVersion))
 		f.onRequest(nil)
-		f.land()
-		require.NotNil(t, f.get(objectName(extMod)))
+		f.Land()
+		require.NotNil(t, f.Get(objectName(extMod)))
 		time.Sleep(DefaultStaleThreshold)
-		s := NewStorage(f.machine("b").bucket)
+		s := NewStorage(f.Machine("b").Bucket)
 		exists, err := s.Exists(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		require.False(t, exists)
@@ -195,20 +196,20 @@ func TestListingBesideLostCreate(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		old, a := contentOf("old", 100), contentOf("a", 100)
 		for ext, data := range map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip} {
-			f.putAt(objectName(ext), data, nil, time.Now().Add(-time.Hour))
+			f.PutAt(objectName(ext), data, nil, time.Now().Add(-time.Hour))
 		}
 		var once sync.Once
-		f.onRequest(func(r *request) (fault faultKind) {
+		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {
 				once.Do(func() {
 					time.Sleep(time.Second) // the listing is answered
-					require.NoError(t, NewStorage(f.machine("d").bucket).Delete(t.Context(), testModule, testVersion))
-					fault = lostReset
+					require.NoError(t, NewStorage(f.Machine("d").Bucket).Delete(t.Context(), testModule, testVersion))
+					fault = fakegcs.LostReset
 				})
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+		require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 		requireStored(t, f, a)
 	})
 }
@@ -220,7 +221,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 		t.Run(ext, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
-				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 				requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
 				requireStored(t, f, a)
 			})
@@ -232,20 +233,17 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 // listing, but for the .mod.
 func TestDeleteNeedsTheMod(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket)))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
-		require.Empty(t, f.names())
+		require.Empty(t, f.Names())
 	})
 }
 
 // missing returns a Storage whose first listing lacks an object.
 func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
-	m := f.register("missing")
-	m.connect(t, []option.ClientOption{
-		option.WithHTTPClient(&http.Client{Transport: &missingOnce{RoundTripper: m, name: objectName(ext)}}),
-		option.WithoutAuthentication(),
-	})
-	return NewStorage(m.bucket)
+	m := f.Register("missing")
+	m.Connect(&missingOnce{RoundTripper: m, name: objectName(ext)})
+	return NewStorage(m.Bucket)
 }
 
 // missingOnce leaves an object out of the first listing.

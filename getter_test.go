@@ -11,13 +11,15 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 func TestReads(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", []byte("the mod"), strings.NewReader("the zip"), nil, []byte("the info")))
 
-		f.resetLog()
+		f.ResetLog()
 		info, err := s.Info(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
 		require.Equal(t, "the info", string(info))
@@ -32,11 +34,11 @@ func TestReads(t *testing.T) {
 		require.NoError(t, zip.Close())
 
 		var objects []string
-		for _, r := range f.log() {
+		for _, r := range f.Log() {
 			objects = append(objects, r.Op+" "+r.Object)
 		}
 		require.Equal(t, []string{"get m/@v/v1.0.0.info", "get m/@v/v1.0.0.mod", "get m/@v/v1.0.0.zip"}, objects)
-		requests, bodies := f.inFlight()
+		requests, bodies := f.InFlight()
 		require.Zero(t, requests)
 		require.Zero(t, bodies)
 	})
@@ -98,7 +100,7 @@ func TestReadMissing(t *testing.T) {
 	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
 		storeVersion(f, "m", "v1.0.0", "v1.0.0-rc.1")
 		storeVersion(f, "m/v2", "v1.0.0")
-		f.remove("m/@v/v1.0.0." + extOf[op])
+		f.Remove("m/@v/v1.0.0." + extOf[op])
 		for other := range readers {
 			content, err := readers[other](t.Context(), s, "m", "v1.0.0")
 			if other == op {
@@ -109,7 +111,7 @@ func TestReadMissing(t *testing.T) {
 				require.Equal(t, extOf[other]+" of v1.0.0", content)
 			}
 		}
-		require.Len(t, f.log(), 3)
+		require.Len(t, f.Log(), 3)
 	})
 }
 
@@ -124,46 +126,46 @@ func TestReadErrors(t *testing.T) {
 		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
 		require.ErrorIs(t, err, context.Canceled)
 
-		f.onRequest(func(*request) faultKind { return hung })
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
 		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		_, err = read(ctx, s, "m", "v1.0.0")
 		requireError(t, err, KindGatewayTimeout, "gcs."+op, "m", "v1.0.0")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 
-		f.onRequest(func(*request) faultKind { return tooMany })
-		impatient := NewStorage(f.machine("impatient").bucket.Retryer(storage.WithMaxAttempts(2)))
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.TooMany })
+		impatient := NewStorage(f.Machine("impatient").Bucket.Retryer(storage.WithMaxAttempts(2)))
 		_, err = read(t.Context(), impatient, "m", "v1.0.0")
 		requireError(t, err, KindRateLimit, "gcs."+op, "m", "v1.0.0")
 		f.onRequest(nil)
 
-		f.deny("storage.objects.get")
+		f.Deny("storage.objects.get")
 		_, err = read(t.Context(), s, "m", "v1.0.0")
 		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
 		require.ErrorContains(t, err, "storage.objects.get")
 		require.ErrorContains(t, err, "roles/storage.objectUser")
 
-		_, bodies := f.inFlight()
+		_, bodies := f.InFlight()
 		require.Zero(t, bodies)
 	})
 }
 
 // What goes wrong once is not the caller's concern.
 func TestReadFaults(t *testing.T) {
-	for _, fault := range []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany} {
+	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany} {
 		t.Run(fault.String(), func(t *testing.T) {
 			forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
 				storeVersion(f, "m", "v1.0.0")
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N == 0 {
 						return fault
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
 				require.NoError(t, err)
 				require.Equal(t, extOf[op]+" of v1.0.0", content)
-				require.Len(t, f.log(), 2)
+				require.Len(t, f.Log(), 2)
 			})
 		})
 	}
@@ -175,11 +177,11 @@ func TestReadHangs(t *testing.T) {
 		t.Run(op, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				storeVersion(f, "m", "v1.0.0")
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N == 0 {
-						return hung
+						return fakegcs.Hung
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				start := time.Now()
 				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
@@ -202,14 +204,14 @@ func bigZip() []byte {
 // breakFirst breaks the first answer off in the middle, and does something before
 // the next request.
 func breakFirst(f *fakeGCS, before func()) {
-	f.onRequest(func(r *request) faultKind {
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 		switch r.N {
 		case 0:
-			return lostBody
+			return fakegcs.LostBody
 		case 1:
 			before()
 		}
-		return noFault
+		return fakegcs.NoFault
 	})
 }
 
@@ -217,7 +219,7 @@ func breakFirst(f *fakeGCS, before func()) {
 func TestZipBreaks(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		want := bigZip()
-		f.put("m/@v/v1.0.0.zip", want, nil)
+		f.Put("m/@v/v1.0.0.zip", want, nil)
 		breakFirst(f, func() {})
 		r, err := s.Zip(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
@@ -226,10 +228,10 @@ func TestZipBreaks(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, bytes.Equal(want, got))
 		require.NoError(t, r.Close())
-		log := f.log()
+		log := f.Log()
 		require.Len(t, log, 2)
 		require.Less(t, log[1].Received, int64(len(want)), "the rest is enough")
-		_, bodies := f.inFlight()
+		_, bodies := f.InFlight()
 		require.Zero(t, bodies)
 	})
 }
@@ -243,15 +245,15 @@ func TestZipBreaksForGood(t *testing.T) {
 		before func(f *fakeGCS, cancel func())
 		is     error
 	}{
-		{"replaced", func(f *fakeGCS, _ func()) { f.put(name, make([]byte, 1<<20), nil) }, nil},
-		{"deleted", func(f *fakeGCS, _ func()) { f.remove(name) }, storage.ErrObjectNotExist},
-		{"not permitted", func(f *fakeGCS, _ func()) { f.deny("storage.objects.get") }, nil},
+		{"replaced", func(f *fakeGCS, _ func()) { f.Put(name, make([]byte, 1<<20), nil) }, nil},
+		{"deleted", func(f *fakeGCS, _ func()) { f.Remove(name) }, storage.ErrObjectNotExist},
+		{"not permitted", func(f *fakeGCS, _ func()) { f.Deny("storage.objects.get") }, nil},
 		{"cancelled", func(_ *fakeGCS, cancel func()) { cancel() }, context.Canceled},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				want := bigZip()
-				f.put(name, want, nil)
+				f.Put(name, want, nil)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				breakFirst(f, func() { tc.before(f, cancel) })
@@ -274,13 +276,13 @@ func TestZipBreaksForGood(t *testing.T) {
 // A caller may stop in the middle of a zip.
 func TestZipClosedEarly(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.put("m/@v/v1.0.0.zip", bigZip(), nil)
+		f.Put("m/@v/v1.0.0.zip", bigZip(), nil)
 		r, err := s.Zip(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
 		_, err = io.ReadFull(r, make([]byte, 10))
 		require.NoError(t, err)
 		require.NoError(t, r.Close())
-		_, bodies := f.inFlight()
+		_, bodies := f.InFlight()
 		require.Zero(t, bodies)
 	})
 }
@@ -288,7 +290,7 @@ func TestZipClosedEarly(t *testing.T) {
 // A missing bucket holds no object.
 func TestReadMissingBucket(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := NewStorage(f.machine("lost").client.Bucket("other"))
+		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
 		_, err := s.Info(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})

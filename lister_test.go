@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // requireList checks that List returns these versions in this order.
@@ -51,14 +53,14 @@ func TestListOnlyComplete(t *testing.T) {
 			}
 		}
 		storeVersion(f, "m", "v2.0.0", "v3.0.0")
-		changeMetadata(f, "m/@v/v2.0.0.mod", marked(time.Now(), "a"))
-		changeMetadata(f, "m/@v/v3.0.0.mod", marked(time.Now().Add(ago), "a"))
+		f.SetMetadata("m/@v/v2.0.0.mod", marked(time.Now(), "a"))
+		f.SetMetadata("m/@v/v3.0.0.mod", marked(time.Now().Add(ago), "a"))
 		unfinishedVersion(f, version{"m", "v4.0.0"})
 		for _, name := range []string{"index.html", "m/@v/list", "m/@v/v1.7.0.lock", "m/@v/v1.7.0.info.bak", "m/@latest", "m/@v/a/v1.0.0.zip"} {
-			f.put(name, nil, nil)
+			f.Put(name, nil, nil)
 		}
 		requireList(t, s, "m", "v1.7.0", "v4.0.0")
-		require.Empty(t, f.get("m/@v/v4.0.0.mod").Metadata)
+		require.Empty(t, f.Get("m/@v/v4.0.0.mod").Metadata)
 		requireList(t, s, "m", "v1.7.0", "v4.0.0")
 	})
 }
@@ -72,7 +74,7 @@ func TestListRequests(t *testing.T) {
 				var want []string
 				for i := range objects {
 					v := version{"m", fmt.Sprintf("v1.%06d.0", i/3)}
-					listed(f, v.object(exts[i%3]), nil, time.Now())
+					f.Put(v.object(exts[i%3]), nil, nil)
 					if i%3 == 2 {
 						want = append(want, v.version)
 					}
@@ -80,8 +82,8 @@ func TestListRequests(t *testing.T) {
 				listedVersion(f, "m-other", "v1.0.0")
 				listedVersion(f, "a", "v1.0.0")
 				requireList(t, s, "m", want...)
-				require.Len(t, f.log(), max((objects+999)/1000, 1))
-				for _, r := range f.log() {
+				require.Len(t, f.Log(), max((objects+999)/1000, 1))
+				for _, r := range f.Log() {
 					require.Equal(t, "list", r.Op)
 				}
 			})
@@ -97,11 +99,11 @@ func TestListInterleaved(t *testing.T) {
 		storeFiles(f, "m", "v1.k", extInfo, extZip)
 		requireList(t, s, "m", "v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip")
 		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
-			f.resetLog()
+			f.ResetLog()
 			ok, err := s.Exists(t.Context(), "m", vers)
 			require.NoError(t, err)
 			require.True(t, ok, vers)
-			require.Len(t, f.log(), 1)
+			require.Len(t, f.Log(), 1)
 		}
 	})
 }
@@ -128,24 +130,24 @@ func TestListAcrossPages(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				for i := range 998 {
-					listed(f, fmt.Sprintf("m/@v/a%03d.info", i), nil, time.Now())
+					f.Put(fmt.Sprintf("m/@v/a%03d.info", i), nil, nil)
 				}
 				// The first page ends with the .mod. The version is partial
 				// until another save takes it over, and never complete.
 				v := version{"m", "v1"}
-				listed(f, v.object(extInfo), nil, time.Now())
-				listed(f, v.object(extMod), nil, time.Now())
-				listed(f, "m/@v/z.info", nil, time.Now())
+				f.Put(v.object(extInfo), nil, nil)
+				f.Put(v.object(extMod), nil, nil)
+				f.Put("m/@v/z.info", nil, nil)
 				lists := 0
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Op == "list" {
 						if lists++; lists == 2 {
 							time.Sleep(time.Millisecond) // GCS tells times to the millisecond
-							listed(f, v.object(extMod), marked(time.Now(), "b"), time.Now())
-							listed(f, v.object(extZip), map[string]string{keySaveID: "b"}, time.Now())
+							f.Put(v.object(extMod), nil, marked(time.Now(), "b"))
+							f.Put(v.object(extZip), nil, map[string]string{keySaveID: "b"})
 						}
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				require.Empty(t, list(t, s))
 				require.GreaterOrEqual(t, lists, 2)
@@ -207,7 +209,7 @@ func TestListErrors(t *testing.T) {
 		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
 		require.ErrorIs(t, err, context.Canceled)
 
-		f.onRequest(func(*request) faultKind { return unavailable })
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Unavailable })
 		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		versions, err := s.List(ctx, "m")
@@ -216,7 +218,7 @@ func TestListErrors(t *testing.T) {
 		require.Nil(t, versions)
 		f.onRequest(nil)
 
-		f.deny("storage.objects.list")
+		f.Deny("storage.objects.list")
 		_, err = s.List(t.Context(), "m")
 		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
 		require.ErrorContains(t, err, "storage.objects.list")
@@ -225,7 +227,7 @@ func TestListErrors(t *testing.T) {
 
 // What goes wrong on one page adds no version twice.
 func TestListFaults(t *testing.T) {
-	for fault := refused; fault <= hungApplied; fault++ {
+	for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 		t.Run(fault.String(), func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				var want []string
@@ -233,11 +235,11 @@ func TestListFaults(t *testing.T) {
 					want = append(want, fmt.Sprintf("v1.%03d.0", i))
 				}
 				listedVersion(f, "m", want...)
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N%2 == 0 {
 						return fault
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				requireList(t, s, "m", want...)
 			})
@@ -253,6 +255,6 @@ func TestListIsNarrow(t *testing.T) {
 		}
 		_, err := s.List(t.Context(), "m")
 		require.NoError(t, err)
-		require.Less(t, f.log()[0].Received/900, int64(300), "bytes for each object")
+		require.Less(t, f.Log()[0].Received/900, int64(300), "bytes for each object")
 	})
 }

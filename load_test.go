@@ -16,7 +16,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A load is what many callers want of a few machines at once.
@@ -80,9 +81,9 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 		require.Equal(t, 1, n, vers)
 		v, c := version{testModule, vers}, contents[vers]
 		for ext, want := range map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip} {
-			require.Equal(t, want, f.get(v.object(ext)).Data, "%s of %s", ext, vers)
+			require.Equal(t, want, f.Get(v.object(ext)).Data, "%s of %s", ext, vers)
 		}
-		require.Empty(t, f.get(v.object(extMod)).Metadata)
+		require.Empty(t, f.Get(v.object(extMod)).Metadata)
 	}
 	list, err := stores[0].List(t.Context(), testModule)
 	require.NoError(t, err)
@@ -94,7 +95,7 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
 	t.Helper()
 	uploads := map[string]int{}
-	for _, r := range f.log() {
+	for _, r := range f.Log() {
 		if v, ext, ok := parseObject(r.Object); ok && ext == extZip && (r.Op == "insert" || r.Op == "start") {
 			uploads[v.version]++
 		}
@@ -105,7 +106,7 @@ func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
 }
 
 func nothingInFlight(f *fakeGCS) bool {
-	requests, bodies := f.inFlight()
+	requests, bodies := f.InFlight()
 	return requests == 0 && bodies == 0
 }
 
@@ -114,14 +115,14 @@ func nothingInFlight(f *fakeGCS) bool {
 func TestLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
-		f.onRequest(func(*request) faultKind {
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault {
 			time.Sleep(rand.N(60 * time.Millisecond))
-			return noFault
+			return fakegcs.NoFault
 		})
 		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
 		var stores []*Storage
 		for i := range l.machines {
-			stores = append(stores, NewStorage(f.machine(fmt.Sprint(i)).bucket))
+			stores = append(stores, NewStorage(f.Machine(fmt.Sprint(i)).Bucket))
 		}
 		failed := l.run(t, f, stores)
 		require.NotEmpty(t, failed)
@@ -133,7 +134,7 @@ func TestLoad(t *testing.T) {
 // The same over sockets, of which none stays open.
 func TestLoadOverSockets(t *testing.T) {
 	f := newFakeGCS(t)
-	endpoint := listenFake(t, f)
+	endpoint := f.listen(t)
 	l := load{machines: 4, callers: 24, versions: 20, wanted: 4, broken: 1000}
 	conns := &countedConns{}
 	var stores []*Storage
@@ -142,8 +143,7 @@ func TestLoadOverSockets(t *testing.T) {
 		name := fmt.Sprint(i)
 		wire := &http.Transport{DialContext: conns.dial}
 		wires = append(wires, wire)
-		m := f.listenClient(t, endpoint, name, option.WithHTTPClient(&http.Client{Transport: namedTransport{name, wire}}))
-		stores = append(stores, NewStorage(m.bucket))
+		stores = append(stores, NewStorage(f.over(t, endpoint, name, wire).Bucket))
 	}
 	requireUploads(t, f, l.run(t, f, stores))
 	// What is still open is idle, or it would not be closed.

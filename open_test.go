@@ -15,6 +15,8 @@ import (
 	"github.com/fsouza/fake-gcs-server/fakestorage"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // closable counts how often the client that it was given to was closed.
@@ -27,7 +29,7 @@ func (c *closable) CloseIdleConnections() { c.closed++ }
 
 // opening is what Open is given to open a fake with.
 func opening(f *fakeGCS) (*closable, []option.ClientOption) {
-	c := &closable{RoundTripper: f.register("opener")}
+	c := &closable{RoundTripper: f.Register("opener")}
 	return c, []option.ClientOption{option.WithHTTPClient(&http.Client{Transport: c}), option.WithoutAuthentication()}
 }
 
@@ -74,9 +76,9 @@ func TestOpenEndpoint(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := newFakeGCS(t)
-			s, err := Open(t.Context(), fakeBucket, test.opts(t, listenFake(t, f))...)
+			s, err := Open(t.Context(), fakegcs.Bucket, test.opts(t, f.listen(t))...)
 			require.NoError(t, err)
-			log := f.log()
+			log := f.Log()
 			require.Len(t, log, 1)
 			require.Equal(t, "permissions", log[0].Op)
 			useStorage(t, s, 2<<20)
@@ -89,10 +91,10 @@ func TestOpenEndpoint(t *testing.T) {
 func TestOpenEmulator(t *testing.T) {
 	server, err := fakestorage.NewServerWithOptions(fakestorage.Options{NoListener: true})
 	require.NoError(t, err)
-	server.CreateBucketWithOpts(fakestorage.CreateBucketOpts{Name: fakeBucket})
+	server.CreateBucketWithOpts(fakestorage.CreateBucketOpts{Name: fakegcs.Bucket})
 	opts := []option.ClientOption{option.WithHTTPClient(server.HTTPClient()), option.WithoutAuthentication()}
 	start := time.Now()
-	s, err := Open(t.Context(), fakeBucket, opts...)
+	s, err := Open(t.Context(), fakegcs.Bucket, opts...)
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
 	require.Less(t, time.Since(start), 2*time.Second)
@@ -112,10 +114,10 @@ func TestOpenPermissions(t *testing.T) {
 		t.Run(strings.Join(missing, " "), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeGCS(t)
-				f.deny(missing...)
+				f.Deny(missing...)
 				c, opts := opening(f)
-				s, err := Open(t.Context(), fakeBucket, opts...)
-				require.Len(t, f.log(), 1)
+				s, err := Open(t.Context(), fakegcs.Bucket, opts...)
+				require.Len(t, f.Log(), 1)
 				if missing[0] == "storage.buckets.get" {
 					require.NoError(t, err)
 					return
@@ -130,7 +132,7 @@ func TestOpenPermissions(t *testing.T) {
 					}
 				}
 				require.ErrorContains(t, err, "roles/storage.objectUser")
-				require.ErrorContains(t, err, fakeBucket)
+				require.ErrorContains(t, err, fakegcs.Bucket)
 				require.Equal(t, 1, c.closed)
 			})
 		})
@@ -141,7 +143,7 @@ func TestOpenNoBucket(t *testing.T) {
 	for _, status := range []int{0, http.StatusNotFound, http.StatusNotImplemented} {
 		synctest.Test(t, func(t *testing.T) {
 			f := newFakeGCS(t)
-			f.answerPermissions(status)
+			f.AnswerPermissions(status)
 			c, opts := opening(f)
 			s, err := Open(t.Context(), "other", opts...)
 			require.Nil(t, s)
@@ -159,13 +161,13 @@ func TestOpenWithoutPermissionCall(t *testing.T) {
 		t.Run(http.StatusText(status), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeGCS(t)
-				f.setLatency(20 * time.Millisecond)
-				f.answerPermissions(status)
+				f.SetLatency(20 * time.Millisecond)
+				f.AnswerPermissions(status)
 				_, opts := opening(f)
 				start := time.Now()
-				s, err := Open(t.Context(), fakeBucket, opts...)
+				s, err := Open(t.Context(), fakegcs.Bucket, opts...)
 				require.NoError(t, err)
-				require.Len(t, f.log(), 2)
+				require.Len(t, f.Log(), 2)
 				require.Less(t, time.Since(start), time.Second)
 				useStorage(t, s, 100)
 			})
@@ -178,10 +180,10 @@ func TestOpenWithoutPermissionCall(t *testing.T) {
 func TestOpenNothingPermitted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
-		f.answerPermissions(http.StatusForbidden)
-		f.deny("storage.objects.list")
+		f.AnswerPermissions(http.StatusForbidden)
+		f.Deny("storage.objects.list")
 		c, opts := opening(f)
-		_, err := Open(t.Context(), fakeBucket, opts...)
+		_, err := Open(t.Context(), fakegcs.Bucket, opts...)
 		requireOpenError(t, err, KindUnexpected)
 		require.True(t, isForbidden(err))
 		require.Equal(t, 1, c.closed)
@@ -189,21 +191,21 @@ func TestOpenNothingPermitted(t *testing.T) {
 }
 
 func TestOpenFaults(t *testing.T) {
-	for _, fault := range []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany, hung} {
+	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung} {
 		t.Run(fault.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeGCS(t)
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N == 0 {
 						return fault
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				_, opts := opening(f)
 				start := time.Now()
-				_, err := Open(t.Context(), fakeBucket, opts...)
+				_, err := Open(t.Context(), fakegcs.Bucket, opts...)
 				require.NoError(t, err)
-				require.Len(t, f.log(), 2)
+				require.Len(t, f.Log(), 2)
 				require.Less(t, time.Since(start), requestTimeout+2*time.Second)
 			})
 		})
@@ -214,18 +216,18 @@ func TestOpenContextEnds(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		timeout time.Duration
-		fault   faultKind
+		fault   fakegcs.Fault
 		kind    int
 		cause   error
 	}{
-		{"cancelled", 0, noFault, KindUnexpected, context.Canceled},
-		{"hung", 10 * time.Second, hung, KindGatewayTimeout, context.DeadlineExceeded},
-		{"unavailable", 10 * time.Second, unavailable, KindGatewayTimeout, context.DeadlineExceeded},
+		{"cancelled", 0, fakegcs.NoFault, KindUnexpected, context.Canceled},
+		{"hung", 10 * time.Second, fakegcs.Hung, KindGatewayTimeout, context.DeadlineExceeded},
+		{"unavailable", 10 * time.Second, fakegcs.Unavailable, KindGatewayTimeout, context.DeadlineExceeded},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeGCS(t)
-				f.onRequest(func(*request) faultKind { return test.fault })
+				f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return test.fault })
 				c, opts := opening(f)
 				ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
 				if test.timeout == 0 {
@@ -234,7 +236,7 @@ func TestOpenContextEnds(t *testing.T) {
 				}
 				defer cancel()
 				start := time.Now()
-				s, err := Open(ctx, fakeBucket, opts...)
+				s, err := Open(ctx, fakegcs.Bucket, opts...)
 				require.Nil(t, s)
 				requireOpenError(t, err, test.kind)
 				require.ErrorIs(t, err, test.cause)
@@ -247,7 +249,7 @@ func TestOpenContextEnds(t *testing.T) {
 
 // Options that no client can be made of.
 func TestOpenNoClient(t *testing.T) {
-	s, err := Open(t.Context(), fakeBucket, option.WithAuthCredentialsFile(option.ServiceAccount, t.TempDir()+"/missing.json"))
+	s, err := Open(t.Context(), fakegcs.Bucket, option.WithAuthCredentialsFile(option.ServiceAccount, t.TempDir()+"/missing.json"))
 	require.Nil(t, s)
 	requireOpenError(t, err, KindUnexpected)
 }
@@ -257,7 +259,7 @@ func TestClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
 		c, opts := opening(f)
-		s, err := Open(t.Context(), fakeBucket, opts...)
+		s, err := Open(t.Context(), fakegcs.Bucket, opts...)
 		require.NoError(t, err)
 		require.Zero(t, c.closed)
 		require.NoError(t, s.Close())
@@ -266,7 +268,7 @@ func TestClose(t *testing.T) {
 		client, err := storage.NewClient(t.Context(), opts...)
 		require.NoError(t, err)
 		defer client.Close()
-		s = NewStorage(client.Bucket(fakeBucket))
+		s = NewStorage(client.Bucket(fakegcs.Bucket))
 		require.NoError(t, s.Close())
 		require.Equal(t, 1, c.closed)
 		useStorage(t, s, 100)

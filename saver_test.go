@@ -17,6 +17,8 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // What most tests save.
@@ -53,11 +55,11 @@ func objectName(ext string) string {
 func requireStored(t *testing.T, f *fakeGCS, c content) {
 	t.Helper()
 	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
-		o := f.get(objectName(ext))
+		o := f.Get(objectName(ext))
 		require.NotNil(t, o, ext)
 		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", ext, o.Data, want)
 	}
-	require.Empty(t, f.get(objectName(extMod)).Metadata)
+	require.Empty(t, f.Get(objectName(extMod)).Metadata)
 }
 
 func requireKind(t *testing.T, err error, kind int) {
@@ -76,7 +78,7 @@ func inBubble(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 	t.Helper()
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		test(t, f)
-		require.Empty(t, f.rateViolations())
+		require.Empty(t, f.RateViolations())
 	})
 }
 
@@ -85,7 +87,7 @@ func inCrowd(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
-		f.setLatency(20 * time.Millisecond)
+		f.SetLatency(20 * time.Millisecond)
 		test(t, f)
 	})
 }
@@ -95,12 +97,12 @@ func TestSaveNew(t *testing.T) {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a := contentOf("a", size)
-				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), plain(bytes.NewReader(a.zip))))
+				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), plain(bytes.NewReader(a.zip))))
 				requireStored(t, f, a)
-				require.Len(t, f.log(), 5)
-				require.Equal(t, 3, serialTrips(f.log()))
-				require.NotEmpty(t, f.get(objectName(extZip)).Metadata[keySaveID])
-				require.Equal(t, "application/zip", f.get(objectName(extZip)).ContentType)
+				require.Len(t, f.Log(), 5)
+				require.Equal(t, 3, fakegcs.SerialTrips(f.Log()))
+				require.NotEmpty(t, f.Get(objectName(extZip)).Metadata[keySaveID])
+				require.Equal(t, "application/zip", f.Get(objectName(extZip)).ContentType)
 			})
 		})
 	}
@@ -109,12 +111,12 @@ func TestSaveNew(t *testing.T) {
 func TestSaveComplete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		s := NewStorage(f.machine("a").bucket)
+		s := NewStorage(f.Machine("a").Bucket)
 		require.NoError(t, a.save(t.Context(), s))
-		f.resetLog()
+		f.ResetLog()
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
-		require.LessOrEqual(t, len(f.log()), 3)
-		require.LessOrEqual(t, serialTrips(f.log()), 2)
+		require.LessOrEqual(t, len(f.Log()), 3)
+		require.LessOrEqual(t, fakegcs.SerialTrips(f.Log()), 2)
 		requireStored(t, f, a)
 	})
 }
@@ -125,16 +127,16 @@ func TestSaveCompleteAtThatMoment(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		first := true
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Machine == "b" && r.Op == "insert" && first {
 				first = false
-				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
-		requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		count := 0
-		for _, r := range f.log() {
+		for _, r := range f.Log() {
 			if r.Machine == "b" {
 				count++
 			}
@@ -168,18 +170,18 @@ func TestSaveOverLeftovers(t *testing.T) {
 			t.Run(fmt.Sprintf("%03b %s", subset, name), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					if subset&1 != 0 {
-						f.put(objectName(extMod), old.mod, marker())
+						f.Put(objectName(extMod), old.mod, marker())
 					}
 					if subset&2 != 0 {
-						f.put(objectName(extInfo), old.info, nil)
+						f.Put(objectName(extInfo), old.info, nil)
 					}
 					if subset&4 != 0 {
-						f.put(objectName(extZip), old.zip, nil)
+						f.Put(objectName(extZip), old.zip, nil)
 					}
 					time.Sleep(2 * time.Second) // or the fake counts a second write within one
 					a := contentOf("a", 100)
 					start := time.Now()
-					err := a.save(t.Context(), NewStorage(f.machine("a").bucket))
+					err := a.save(t.Context(), NewStorage(f.Machine("a").Bucket))
 					if took := time.Since(start); waits[name] {
 						require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
 						require.Less(t, took, DefaultStaleThreshold+3*time.Second)
@@ -203,17 +205,17 @@ func TestSaveOverLeftovers(t *testing.T) {
 func TestSaveFinishesAnother(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		m := f.machine("a")
-		f.onRequest(func(r *request) faultKind {
+		m := f.Machine("a")
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Machine == "a" && r.Op == "patch" {
-				return crashBefore
+				return fakegcs.CrashBefore
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
-		go a.save(t.Context(), NewStorage(m.bucket)) // until the test's context ends
+		go a.save(t.Context(), NewStorage(m.Bucket)) // until the test's context ends
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		require.InDelta(t, DefaultStaleThreshold.Seconds(), time.Since(start).Seconds(), 3)
 		requireStored(t, f, a)
 	})
@@ -229,12 +231,12 @@ func TestSaveWaits(t *testing.T) {
 				var group sync.WaitGroup
 				group.Go(func() {
 					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(a.zip))
-					require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+					require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
 					done = time.Now()
 				})
 				time.Sleep(50 * time.Millisecond)
 				start := time.Now()
-				requireKind(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+				requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 				group.Wait()
 				requireStored(t, f, a)
 				waited, late := done.Sub(start), time.Since(done)
@@ -242,7 +244,7 @@ func TestSaveWaits(t *testing.T) {
 				if takes >= 20*time.Second {
 					require.LessOrEqual(t, late, waited/10+40*time.Millisecond)
 					requests := 0
-					for _, r := range f.log() {
+					for _, r := range f.Log() {
 						if r.Machine == "b" {
 							requests++
 						}
@@ -270,11 +272,11 @@ func TestSaveTakesOverFromFailed(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(10*time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
-			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip), KindUnexpected)
+			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip), KindUnexpected)
 		})
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		require.NoError(t, b.save(t.Context(), NewStorage(f.machine("b").bucket)))
+		require.NoError(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)))
 		require.Less(t, time.Since(start), 13*time.Second)
 		group.Wait()
 		requireStored(t, f, b)
@@ -285,14 +287,14 @@ func TestSaveTakesOverFromFailed(t *testing.T) {
 // its marker is renewed; after it, the commit waits until it may.
 func TestSaveSlowZip(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.enforceRates(true)
+		f.EnforceRates(true)
 		a := contentOf("a", 100)
 		// The last renewal is under way when the zip is done.
 		zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
 		requireStored(t, f, a)
 		patches := 0
-		for _, r := range f.log() {
+		for _, r := range f.Log() {
 			require.NotEqual(t, 429, r.Status)
 			if r.Op == "patch" {
 				patches++
@@ -311,7 +313,7 @@ func TestSaveContention(t *testing.T) {
 				var group sync.WaitGroup
 				for i := range n {
 					c := contentOf(fmt.Sprint(i), 100*i)
-					s := NewStorage(f.machine(fmt.Sprint(i)).bucket)
+					s := NewStorage(f.Machine(fmt.Sprint(i)).Bucket)
 					group.Go(func() {
 						err := c.save(t.Context(), s)
 						if err == nil {
@@ -336,17 +338,17 @@ func TestSaveContention(t *testing.T) {
 // other, but not for ever, although each notices at once that it was fenced.
 func TestSaveMutuallyStale(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "chunk" {
 				time.Sleep(3 * time.Second)
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		winners := make(chan content, 2)
 		var group sync.WaitGroup
 		for i, skew := range []time.Duration{time.Hour, -time.Hour} {
 			c := contentOf(fmt.Sprint(i), 700<<10)
-			s := NewStorage(f.machine(fmt.Sprint(i)).bucket, WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
+			s := NewStorage(f.Machine(fmt.Sprint(i)).Bucket, WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
 			s.now = func() time.Time { return time.Now().Add(skew) }
 			group.Go(func() {
 				time.Sleep(time.Duration(i) * time.Second)
@@ -374,11 +376,11 @@ func TestSaveReaderFails(t *testing.T) {
 			t.Run(fmt.Sprintf("%v after %d", err, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a, b := contentOf("a", size), contentOf("b", 100)
-					s := NewStorage(f.machine("a").bucket)
+					s := NewStorage(f.Machine("a").Bucket)
 					got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
 					requireKind(t, got, KindUnexpected)
 					require.ErrorIs(t, got, err)
-					require.Nil(t, f.get(objectName(extZip)))
+					require.Nil(t, f.Get(objectName(extZip)))
 					require.True(t, isGivenUpIn(f))
 					time.Sleep(time.Second)
 					start := time.Now()
@@ -392,7 +394,7 @@ func TestSaveReaderFails(t *testing.T) {
 }
 
 func isGivenUpIn(f *fakeGCS) bool {
-	o := f.get(objectName(extMod))
+	o := f.Get(objectName(extMod))
 	return o != nil && isGivenUp(&storage.ObjectAttrs{Metadata: o.Metadata})
 }
 
@@ -411,11 +413,11 @@ func TestSaveMD5(t *testing.T) {
 			t.Run(fmt.Sprintf("%s of %d", test.name, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a := contentOf("a", size)
-					s := NewStorage(f.machine("a").bucket)
+					s := NewStorage(f.Machine("a").Bucket)
 					err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
 					if !test.ok {
 						requireKind(t, err, KindBadRequest)
-						require.Nil(t, f.get(objectName(extZip)))
+						require.Nil(t, f.Get(objectName(extZip)))
 						time.Sleep(time.Second)
 						err = a.save(t.Context(), s)
 					}
@@ -432,28 +434,28 @@ func TestSaveMD5(t *testing.T) {
 func TestSaveContextEnds(t *testing.T) {
 	for _, scene := range []string{"new", "taking over", "waiting"} {
 		for n := range 12 {
-			for _, fault := range []faultKind{hung, hungApplied} {
+			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.HungApplied} {
 				t.Run(fmt.Sprintf("%s %d %v", scene, n, fault), func(t *testing.T) {
 					inBubble(t, func(t *testing.T, f *fakeGCS) {
 						switch scene {
 						case "taking over":
-							f.put(objectName(extMod), nil, marked(givenUp, "other"))
+							f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 							time.Sleep(time.Second)
 						case "waiting":
-							f.put(objectName(extMod), nil, marked(time.Now(), "other"))
+							f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
 						}
 						a, b := contentOf("a", 100), contentOf("b", 100)
 						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 						defer cancel()
 						var ended time.Time
-						f.onRequest(func(r *request) faultKind {
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 							if r.MachineN != n || r.Machine != "a" {
-								return noFault
+								return fakegcs.NoFault
 							}
 							time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() })
 							return fault
 						})
-						err := a.save(ctx, NewStorage(f.machine("a").bucket))
+						err := a.save(ctx, NewStorage(f.Machine("a").Bucket))
 						if ctx.Err() == nil {
 							require.NoError(t, err) // there is no request n
 							return
@@ -469,7 +471,7 @@ func TestSaveContextEnds(t *testing.T) {
 						f.onRequest(nil)
 						time.Sleep(time.Second)
 						start := time.Now()
-						next := b.save(t.Context(), NewStorage(f.machine("b").bucket))
+						next := b.save(t.Context(), NewStorage(f.Machine("b").Bucket))
 						require.Less(t, time.Since(start), time.Second)
 						if err == nil || next != nil {
 							requireKind(t, next, KindAlreadyExists)
@@ -486,10 +488,10 @@ func TestSaveContextEnds(t *testing.T) {
 
 func TestSaveDeadline(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.put(objectName(extMod), nil, marked(time.Now(), "other"))
+		f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		err := contentOf("a", 1).save(ctx, NewStorage(f.machine("a").bucket))
+		err := contentOf("a", 1).save(ctx, NewStorage(f.Machine("a").Bucket))
 		requireKind(t, err, KindGatewayTimeout)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 	})
@@ -503,19 +505,19 @@ func TestSaveSleeperWakes(t *testing.T) {
 			t.Run(fmt.Sprintf("%s of %d", op, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a, b := contentOf("a", size), contentOf("b", 100)
-					sleeper := f.machine("a")
+					sleeper := f.Machine("a")
 					slept := false
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Machine == "a" && r.Op == op && r.Object == objectName(extZip) && !slept {
 							slept = true
-							sleeper.pause()
-							time.AfterFunc(5*time.Minute, sleeper.resume)
+							sleeper.Pause()
+							time.AfterFunc(5*time.Minute, sleeper.Resume)
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					var group sync.WaitGroup
 					group.Go(func() {
-						err := a.saveFrom(t.Context(), NewStorage(sleeper.bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
+						err := a.saveFrom(t.Context(), NewStorage(sleeper.Bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
 						if slept {
 							requireKind(t, err, KindAlreadyExists)
 						} else {
@@ -523,7 +525,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 						}
 					})
 					time.Sleep(time.Second)
-					err := b.save(t.Context(), NewStorage(f.machine("b").bucket))
+					err := b.save(t.Context(), NewStorage(f.Machine("b").Bucket))
 					if !slept { // there is no such request for a zip of this size
 						requireKind(t, err, KindAlreadyExists)
 						return
@@ -547,15 +549,15 @@ func TestSaveLateObject(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a := contentOf("a", size)
 					late := true
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Object == objectName(ext) && late {
 							late = false
-							f.put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
+							f.Put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
 							time.Sleep(time.Second) // past the limit on writes of one name
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
-					require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+					require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 					requireStored(t, f, a)
 				})
 			})
@@ -568,13 +570,13 @@ func TestSaveLateObject(t *testing.T) {
 func TestSaveLateObjectUnseekable(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 2<<20)
-		f.onRequest(func(r *request) faultKind {
-			if r.Op == "start" && f.get(objectName(extZip)) == nil {
-				f.put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"})
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "start" && f.Get(objectName(extZip)) == nil {
+				f.Put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"})
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
-		s := NewStorage(f.machine("a").bucket, WithChunkSize(256<<10))
+		s := NewStorage(f.Machine("a").Bucket, WithChunkSize(256<<10))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		time.Sleep(time.Second)
 		require.NoError(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))))
@@ -586,30 +588,30 @@ func TestSaveLateObjectUnseekable(t *testing.T) {
 // its objects. They are not leftovers.
 func TestSaveLeftoversOfSuccessor(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.put(objectName(extMod), nil, marked(givenUp, "other"))
+		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 		time.Sleep(time.Second)
 		a, b := contentOf("a", 100), contentOf("b", 200)
 		tookOver := false
 		committed := make(chan error, 1)
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			switch {
 			case r.Machine == "b" && r.Op == "patch":
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
 			case r.Machine == "a" && r.Op == "list" && tookOver:
 				tookOver = false
-				s := NewStorage(f.machine("b").bucket)
+				s := NewStorage(f.Machine("b").Bucket)
 				s.now = func() time.Time { return time.Now().Add(time.Hour) }
 				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
 				time.Sleep(2 * time.Second)
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
-		f.onAnswer(func(r *request) {
+		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) && r.Applied {
 				tookOver = true
 			}
 		})
-		requireKind(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)), KindAlreadyExists)
 		require.NoError(t, <-committed)
 		requireStored(t, f, b)
 	})
@@ -620,16 +622,16 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 	for _, op := range []string{"insert", "patch"} {
 		t.Run(op, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Op == op && r.Object == objectName(extMod) {
-						return unmet
+						return fakegcs.Unmet
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
-				err := contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket))
+				err := contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket))
 				requireKind(t, err, KindUnexpected)
 				require.True(t, isRefused(err))
-				require.Less(t, len(f.log()), 40)
+				require.Less(t, len(f.Log()), 40)
 			})
 		})
 	}
@@ -641,8 +643,8 @@ func TestSavePermissions(t *testing.T) {
 	for _, permission := range []string{"storage.objects.create", "storage.objects.update", "storage.objects.list"} {
 		t.Run(permission, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				f.deny(permission)
-				err := contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket))
+				f.Deny(permission)
+				err := contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket))
 				requireKind(t, err, KindUnexpected)
 				require.ErrorContains(t, err, permission)
 				require.ErrorContains(t, err, "roles/storage.objectUser")
@@ -655,17 +657,17 @@ func TestSavePermissions(t *testing.T) {
 // says why.
 func TestSaveRetriesEnd(t *testing.T) {
 	for _, op := range []string{"list", "insert", "patch"} {
-		for fault, kind := range map[faultKind]int{tooMany: KindRateLimit, unavailable: KindUnexpected, hung: KindUnexpected} {
+		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
 			t.Run(fmt.Sprintf("%s %v", op, fault), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Op == op {
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					start := time.Now()
-					requireKind(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket)), kind)
+					requireKind(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket)), kind)
 					require.Less(t, time.Since(start), 3*retryLimit)
 				})
 			})
@@ -680,16 +682,16 @@ func TestSaveDeleted(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				a := contentOf("a", 100)
 				once := true
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Machine == "a" && r.MachineN == n && once {
 						once = false
 						time.Sleep(time.Second)
-						err := NewStorage(f.machine("b").bucket).Delete(t.Context(), testModule, testVersion)
+						err := NewStorage(f.Machine("b").Bucket).Delete(t.Context(), testModule, testVersion)
 						require.True(t, err == nil || Is(err, KindNotFound))
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
-				require.NoError(t, a.save(t.Context(), NewStorage(f.machine("a").bucket)))
+				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
 				requireStored(t, f, a)
 			})
 		})
@@ -698,10 +700,10 @@ func TestSaveDeleted(t *testing.T) {
 
 func TestSaveHealsAndSaysSo(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.put(objectName(extMod), []byte("poisoned"), nil)
+		f.Put(objectName(extMod), []byte("poisoned"), nil)
 		time.Sleep(time.Second)
 		var log strings.Builder
-		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.machine("a").bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
 		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }

@@ -13,11 +13,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 const pseudoVersion = "v0.0.0-20260102150405-0123456789ab"
@@ -119,14 +122,14 @@ func (e athensError) Unwrap() error { return e.Err }
 
 // replica is one machine of a fleet.
 type replica struct {
-	*machine
+	*fakegcs.Machine
 	s *Storage
 	Stasher
 }
 
 func newReplica(f *fakeGCS, o *origin, name string, opts ...Option) replica {
-	m := f.machine(name)
-	s := NewStorage(m.bucket, opts...)
+	m := f.Machine(name)
+	s := NewStorage(m.Bucket, opts...)
 	return replica{m, s, s.SingleFlight(o.stasher(s))}
 }
 
@@ -146,14 +149,14 @@ func inFleet(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 		test(t, f)
 		synctest.Wait()
 		require.Empty(t, locks(f))
-		requests, bodies := f.inFlight()
+		requests, bodies := f.InFlight()
 		require.Zero(t, requests)
 		require.Zero(t, bodies)
 	})
 }
 
 func locks(f *fakeGCS) (names []string) {
-	for _, name := range f.names() {
+	for _, name := range f.Names() {
 		if strings.HasSuffix(name, ".lock") {
 			names = append(names, name)
 		}
@@ -166,11 +169,11 @@ func requireComplete(t *testing.T, f *fakeGCS, module, vers string) {
 	t.Helper()
 	v, c := version{module, vers}, contentOf(vers, 100)
 	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
-		o := f.get(v.object(ext))
+		o := f.Get(v.object(ext))
 		require.NotNil(t, o, v.object(ext))
 		require.Equal(t, string(want), string(o.Data))
 	}
-	require.Empty(t, f.get(v.object(extMod)).Metadata)
+	require.Empty(t, f.Get(v.object(extMod)).Metadata)
 }
 
 // syncedLog is a log that several machines write to.
@@ -206,7 +209,7 @@ func TestSingleFlightShares(t *testing.T) {
 		t.Run(vers, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				s := NewStorage(f.machine("a").bucket)
+				s := NewStorage(f.Machine("a").Bucket)
 				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					calls++
 					require.Equal(t, testModule, module)
@@ -237,7 +240,7 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var mu sync.Mutex
 		calls := map[string]int{}
-		s := NewStorage(f.machine("a").bucket)
+		s := NewStorage(f.Machine("a").Bucket)
 		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -312,7 +315,7 @@ func TestSingleFlightLastLeaves(t *testing.T) {
 				var told time.Duration
 				calls := 0
 				start := time.Now()
-				stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+				stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					if calls++; calls == 2 {
 						return v, nil
 					}
@@ -363,7 +366,7 @@ func TestSingleFlightEndedContext(t *testing.T) {
 		}
 		synctest.Wait()
 		require.Zero(t, o.total())
-		require.Empty(t, f.log())
+		require.Empty(t, f.Log())
 	})
 }
 
@@ -374,7 +377,7 @@ func TestSingleFlightBadRequest(t *testing.T) {
 		_, err := newReplica(f, o, "a").Stash(t.Context(), "a//b", testVersion)
 		require.Equal(t, KindBadRequest, Kind(err))
 		require.Zero(t, o.total())
-		require.Empty(t, f.log())
+		require.Empty(t, f.Log())
 	})
 }
 
@@ -387,9 +390,9 @@ func TestSingleFlightComplete(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				for _, ext := range []string{extInfo, extZip} {
-					f.put(objectName(ext), nil, map[string]string{keySaveID: "dead"})
+					f.Put(objectName(ext), nil, map[string]string{keySaveID: "dead"})
 				}
-				f.put(objectName(extMod), nil, mark)
+				f.Put(objectName(extMod), nil, mark)
 				time.Sleep(DefaultStaleThreshold)
 				o := &origin{}
 				a := newReplica(f, o, "a")
@@ -398,9 +401,9 @@ func TestSingleFlightComplete(t *testing.T) {
 				require.Equal(t, testVersion, saved)
 				require.Zero(t, o.total())
 				if mark == nil {
-					require.Len(t, f.log(), 1)
+					require.Len(t, f.Log(), 1)
 				} else {
-					require.Len(t, f.log(), 2)
+					require.Len(t, f.Log(), 2)
 				}
 				ok, err := a.s.Exists(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
@@ -420,7 +423,7 @@ func TestSingleFlightHeals(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				for ext, metadata := range objects {
-					f.put(objectName(ext), []byte("old"), metadata)
+					f.Put(objectName(ext), []byte("old"), metadata)
 				}
 				time.Sleep(2 * time.Second)
 				o := &origin{}
@@ -445,22 +448,22 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		after, until time.Duration
 	}{
 		{"done", bytes.NewReader(contentOf(testVersion, 100).zip), false, 0, 20 * time.Second, 23 * time.Second},
-		{"fails", brokenReader{}, false, 1, 20 * time.Second, 23 * time.Second},
+		{"fails", iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
 		{"dies", bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				var group sync.WaitGroup
-				saver := f.machine("saver")
+				saver := f.Machine("saver")
 				ctx, cancel := context.WithCancel(t.Context())
 				group.Go(func() {
 					zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
 					c := contentOf(testVersion, 100)
-					NewStorage(saver.bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
+					NewStorage(saver.Bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
 				})
 				time.Sleep(time.Second)
 				if test.crash {
-					saver.crash()
+					saver.Crash()
 				}
 				start := time.Now()
 				o := &origin{}
@@ -485,16 +488,16 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var group sync.WaitGroup
 		var begun atomic.Bool
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "insert" && r.Object == objectName(extLock) && begun.CompareAndSwap(false, true) {
 				group.Go(func() {
 					c := contentOf(testVersion, 100)
 					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
-					require.NoError(t, c.saveFrom(t.Context(), NewStorage(f.machine("saver").bucket), zip))
+					require.NoError(t, c.saveFrom(t.Context(), NewStorage(f.Machine("saver").Bucket), zip))
 				})
 				time.Sleep(time.Second)
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		o := &origin{}
 		group.Go(func() {
@@ -542,7 +545,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(test.name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "", test.err
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -600,7 +603,7 @@ func TestSingleFlightErrors(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "beside", want
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -623,7 +626,7 @@ func (nilError) Error() string { return "failed" }
 // A version beside an error that names none is the resolved one.
 func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			return pseudoVersion, athensLike{Op: "a", Kind: KindAlreadyExists, Err: io.EOF}
 		}))
 		saved, err := stasher.Stash(t.Context(), testModule, "master")
@@ -636,7 +639,7 @@ func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 // now or later.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			runtime.Goexit()
 			return "", nil
 		}))
@@ -661,7 +664,7 @@ func TestSingleFlightQueries(t *testing.T) {
 		t.Run(query, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				stasher := NewStorage(f.machine("a").bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+				stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 					calls++
 					time.Sleep(time.Second)
 					return testVersion, nil
@@ -677,9 +680,9 @@ func TestSingleFlightQueries(t *testing.T) {
 				group.Wait()
 				require.Equal(t, 1, calls)
 				if isOne {
-					require.Empty(t, f.log())
+					require.Empty(t, f.Log())
 				} else {
-					require.NotEmpty(t, f.log())
+					require.NotEmpty(t, f.Log())
 				}
 			})
 		})
@@ -718,14 +721,14 @@ func TestSingleFlightFleet(t *testing.T) {
 						require.Equal(t, 1, o.calls[fmt.Sprintf("v1.0.%d", v)])
 					}
 					saves := 0
-					for _, r := range f.log() {
+					for _, r := range f.Log() {
 						if strings.HasSuffix(r.Object, ".zip") && r.Applied {
 							saves++
 						}
 					}
 					require.Equal(t, versions, saves)
 					table += fmt.Sprintf("%8d %9d %8d %8d %6d %9d %19.2f\n", versions, n, callers, o.total(), saves,
-						len(f.log()), float64(len(f.log()))/float64(n*versions)/took.Seconds())
+						len(f.Log()), float64(len(f.Log()))/float64(n*versions)/took.Seconds())
 				})
 			})
 		}
@@ -740,7 +743,7 @@ func TestSingleFlightFleetLate(t *testing.T) {
 		for _, spread := range []time.Duration{10 * time.Millisecond, time.Second} {
 			t.Run(fmt.Sprint(latency, spread), func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					f.setLatency(latency)
+					f.SetLatency(latency)
 					o := &origin{takes: 3 * time.Second}
 					var group sync.WaitGroup
 					for i, r := range newFleet(f, o, 8) {
@@ -797,7 +800,7 @@ func TestSingleFlightHolderFails(t *testing.T) {
 // claim, however many others were quicker.
 func TestSingleFlightAllFail(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.setLatency(500 * time.Millisecond) // so that many are refused at once
+		f.SetLatency(500 * time.Millisecond) // so that many are refused at once
 		gone := errors.New("git: repository not found")
 		o := &origin{fail: func(int) error { return gone }}
 		var group sync.WaitGroup
@@ -890,7 +893,7 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 			require.Error(t, err)
 		})
 		time.Sleep(time.Second)
-		fleet[0].crash()
+		fleet[0].Crash()
 		start := time.Now()
 		var others sync.WaitGroup
 		for _, r := range fleet[1:] {
@@ -915,7 +918,7 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 // A fetch that takes longer than the threshold keeps its claim.
 func TestSingleFlightSlowHolder(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.enforceRates(true)
+		f.EnforceRates(true)
 		o := &origin{takes: 10 * time.Minute}
 		var group sync.WaitGroup
 		for _, r := range newFleet(f, o, 2) {
@@ -927,7 +930,7 @@ func TestSingleFlightSlowHolder(t *testing.T) {
 		group.Wait()
 		require.Equal(t, 1, o.total())
 		renewed := 0
-		for _, r := range f.log() {
+		for _, r := range f.Log() {
 			require.NotEqual(t, 429, r.Status)
 			if r.Op == "patch" && r.Object == objectName(extLock) && r.Applied {
 				renewed++
@@ -952,13 +955,13 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 			})
 		}
 		time.Sleep(2 * time.Second)
-		fleet[0].pause()
+		fleet[0].Pause()
 		time.Sleep(4 * time.Minute)
-		holder := f.get(objectName(extLock))
-		fleet[0].resume()
+		holder := f.Get(objectName(extLock))
+		fleet[0].Resume()
 		time.Sleep(90 * time.Second) // the first is done
 		requireComplete(t, f, testModule, testVersion)
-		now := f.get(objectName(extLock))
+		now := f.Get(objectName(extLock))
 		require.NotNil(t, now)
 		require.Equal(t, holder.Generation, now.Generation)
 		group.Wait()
@@ -984,7 +987,7 @@ func TestSingleFlightStaleLock(t *testing.T) {
 				if name == "stale" { // by the clock of the bubble
 					test.metadata = marked(time.Now().Add(-time.Hour), "dead")
 				}
-				f.put(objectName(extLock), nil, test.metadata)
+				f.Put(objectName(extLock), nil, test.metadata)
 				time.Sleep(2 * time.Second)
 				o := &origin{}
 				start := time.Now()
@@ -1005,8 +1008,8 @@ func TestSingleFlightStaleLock(t *testing.T) {
 // A lock is no part of a version, to whomever.
 func TestLockIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s := NewStorage(f.machine("a").bucket)
-		fresh := func(v version) { f.put(v.object(extLock), nil, marked(time.Now(), "other")) }
+		s := NewStorage(f.Machine("a").Bucket)
+		fresh := func(v version) { f.Put(v.object(extLock), nil, marked(time.Now(), "other")) }
 		fresh(version{testModule, "v0.9.0"}) // a version that is being fetched
 		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
 		fresh(version{testModule, testVersion})
@@ -1062,16 +1065,16 @@ func TestLockIsSwept(t *testing.T) {
 				t.Run(fmt.Sprintf("%s fresh %v denied %v", test.name, fresh, denied), func(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						log := &syncedLog{}
-						s := NewStorage(f.machine("a").bucket, log.option())
+						s := NewStorage(f.Machine("a").Bucket, log.option())
 						if test.complete {
 							require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
 						}
-						f.put(objectName(extLock), nil, marked(time.Now(), "other"))
+						f.Put(objectName(extLock), nil, marked(time.Now(), "other"))
 						if !fresh {
 							time.Sleep(DefaultStaleThreshold)
 						}
 						if denied {
-							f.deny("storage.objects.delete")
+							f.Deny("storage.objects.delete")
 						}
 						err := test.call(t.Context(), s)
 						if test.kind == 0 {
@@ -1079,7 +1082,7 @@ func TestLockIsSwept(t *testing.T) {
 						} else {
 							require.Equal(t, test.kind, Kind(err))
 						}
-						require.Equal(t, fresh || denied, f.get(objectName(extLock)) != nil)
+						require.Equal(t, fresh || denied, f.Get(objectName(extLock)) != nil)
 						require.Empty(t, log.String())
 					})
 				})
@@ -1092,7 +1095,7 @@ func TestLockIsSwept(t *testing.T) {
 // once, and delays nobody.
 func TestSingleFlightNoDelete(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.deny("storage.objects.delete")
+		f.Deny("storage.objects.delete")
 		o := &origin{takes: 5 * time.Second}
 		logs := make([]*syncedLog, 4)
 		fleet := make([]replica, len(logs))
@@ -1123,10 +1126,10 @@ func TestSingleFlightNoDelete(t *testing.T) {
 			lines := logs[i].lines(slog.LevelWarn)
 			require.Len(t, lines, 1)
 			require.Contains(t, lines[0], "storage.objects.delete")
-			f.resetLog()
+			f.ResetLog()
 			_, err = r.Stash(t.Context(), testModule, "v1.2"+vers[4:])
 			require.NoError(t, err)
-			for _, r := range f.log() { // and then tries no more
+			for _, r := range f.Log() { // and then tries no more
 				require.NotContains(t, r.Object, ".lock")
 			}
 			require.Len(t, logs[i].lines(slog.LevelWarn), 1)
@@ -1143,11 +1146,11 @@ func TestSingleFlightNoDeleteGivesUp(t *testing.T) {
 			}
 			return nil
 		}}
-		f.deny("storage.objects.delete")
+		f.Deny("storage.objects.delete")
 		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
 		require.True(t, err == io.EOF)
 		require.Len(t, locks(f), 1)
-		f.allow("storage.objects.delete") // to others
+		f.Allow("storage.objects.delete") // to others
 		start := time.Now()
 		_, err = newReplica(f, o, "b").Stash(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
@@ -1160,8 +1163,8 @@ func TestSingleFlightNoDeleteGivesUp(t *testing.T) {
 func TestSingleFlightNoCreate(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
-		f.deny("storage.objects.create")
-		s := NewStorage(f.machine("a").bucket, log.option())
+		f.Deny("storage.objects.create")
+		s := NewStorage(f.Machine("a").Bucket, log.option())
 		var calls atomic.Int32
 		stasher := s.SingleFlight(stashFunc(func(_ context.Context, _, vers string) (string, error) {
 			calls.Add(1)
@@ -1189,7 +1192,7 @@ func TestSingleFlightNoCreate(t *testing.T) {
 // and stored all the same, and nobody is delayed.
 func TestSingleFlightRetention(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.retain(true)
+		f.Retain(true)
 		o := &origin{takes: time.Second}
 		start := time.Now()
 		for _, r := range newFleet(f, o, 3) {
@@ -1207,7 +1210,7 @@ func TestSingleFlightRetention(t *testing.T) {
 // not next's.
 func TestSingleFlightNoList(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.deny("storage.objects.list")
+		f.Deny("storage.objects.list")
 		o := &origin{}
 		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
 		requireKind(t, err, KindUnexpected)
@@ -1220,18 +1223,18 @@ func TestSingleFlightNoList(t *testing.T) {
 // no lock remains.
 func TestSingleFlightFaults(t *testing.T) {
 	const threshold = 20 * time.Second
-	for _, fault := range []faultKind{refused, lostEOF, lostBody, unavailable, hung, hungApplied} {
+	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.Hung, fakegcs.HungApplied} {
 		t.Run(fault.String(), func(t *testing.T) {
 			for n := 0; ; n++ {
 				met := false
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
 					o := &origin{takes: threshold/renewals + time.Second} // with one renewal
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Machine == "0" && r.MachineN == n {
 							met = true
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					start := time.Now()
 					var group sync.WaitGroup
@@ -1261,19 +1264,19 @@ func TestSingleFlightFaults(t *testing.T) {
 // A crash after each request: the others proceed when the lock, or the marker
 // of the save that was under way, is stale.
 func TestSingleFlightCrashes(t *testing.T) {
-	for _, fault := range []faultKind{crashBefore, crashAfter} {
+	for _, fault := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
 		t.Run(fault.String(), func(t *testing.T) {
 			for n := 0; ; n++ {
 				met := false
 				inCrowd(t, func(t *testing.T, f *fakeGCS) {
 					const threshold = 20 * time.Second
 					o := &origin{takes: threshold/renewals + time.Second}
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Machine == "0" && r.MachineN == n {
 							met = true
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
 					ctx, cancel := context.WithCancel(t.Context())
@@ -1302,7 +1305,7 @@ func TestSingleFlightCrashes(t *testing.T) {
 // The caller leaves at each request: the claim that may have been made is given
 // back, and the next caller need not wait for it.
 func TestSingleFlightLeavesAtEachRequest(t *testing.T) {
-	for _, fault := range []faultKind{hung, hungApplied} {
+	for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.HungApplied} {
 		t.Run(fault.String(), func(t *testing.T) {
 			for n := 0; ; n++ {
 				met := false
@@ -1310,13 +1313,13 @@ func TestSingleFlightLeavesAtEachRequest(t *testing.T) {
 					o := &origin{takes: 5 * time.Second}
 					ctx, cancel := context.WithCancel(t.Context())
 					defer cancel()
-					f.onRequest(func(r *request) faultKind {
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 						if r.Machine == "0" && r.MachineN == n {
 							met = true
 							time.AfterFunc(time.Second, cancel)
 							return fault
 						}
-						return noFault
+						return fakegcs.NoFault
 					})
 					fleet := newFleet(f, o, 2)
 					_, err := fleet[0].Stash(ctx, testModule, testVersion)
@@ -1345,11 +1348,11 @@ func TestSingleFlightClaimStays(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		o := &origin{}
-		f.onRequest(func(r *request) faultKind {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "delete" {
-				return unavailable
+				return fakegcs.Unavailable
 			}
-			return noFault
+			return fakegcs.NoFault
 		})
 		start := time.Now()
 		_, err := newReplica(f, o, "a", log.option()).Stash(t.Context(), testModule, testVersion)
@@ -1382,28 +1385,28 @@ func TestSingleFlightCost(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				o := &origin{resolve: map[string]string{"master": pseudoVersion}}
-				s := NewStorage(f.machine("a").bucket)
+				s := NewStorage(f.Machine("a").Bucket)
 				test.prepare(f, s)
 				var before, after int
 				next := o.stasher(s)
 				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
-					before = len(f.log())
+					before = len(f.Log())
 					saved, err := next.Stash(ctx, module, vers)
-					after = len(f.log())
+					after = len(f.Log())
 					return saved, err
 				}))
-				f.resetLog()
+				f.ResetLog()
 				_, err := stasher.Stash(t.Context(), testModule, test.vers)
 				require.NoError(t, err)
-				log := f.log()
+				log := f.Log()
 				if o.total() == 0 {
 					before, after = len(log), len(log)
 				}
 				t.Logf("%s: %d requests before next, %d of its Save, %d after it; %d one after another",
-					test.name, before, after-before, len(log)-after, serialTrips(log))
+					test.name, before, after-before, len(log)-after, fakegcs.SerialTrips(log))
 				require.Equal(t, test.before, before)
 				require.Equal(t, test.after, len(log)-after)
-				require.Equal(t, test.serial, serialTrips(log))
+				require.Equal(t, test.serial, fakegcs.SerialTrips(log))
 			})
 		})
 	}

@@ -23,7 +23,8 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 const (
@@ -115,7 +116,7 @@ func newStorm(t *testing.T, seed uint64) *storm {
 
 func (w *storm) run() {
 	defer func() {
-		for _, v := range w.f.violations() {
+		for _, v := range w.f.Violations() {
 			w.broken = append(w.broken, "a request breaks the protocol: "+v)
 		}
 		w.f.tolerate() // it is told here
@@ -123,9 +124,9 @@ func (w *storm) run() {
 			w.print()
 		}
 	}()
-	w.f.enforceRates(w.rng.IntN(2) == 0)
+	w.f.EnforceRates(w.rng.IntN(2) == 0)
 	w.f.onRequest(w.weather)
-	w.f.onAnswer(func(r *request) {
+	w.f.onAnswer(func(r *fakegcs.Request) {
 		if r.Applied {
 			w.inspect()
 		}
@@ -167,7 +168,7 @@ func (w *storm) leaveBehind() {
 			}[w.rng.IntN(5)]
 		}
 		if w.rng.IntN(4) > 0 {
-			w.f.putAt(version{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
+			w.f.PutAt(version{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
 		}
 	}
 	w.inspect()
@@ -176,7 +177,7 @@ func (w *storm) leaveBehind() {
 // A stormMachine is one that crashes, sooner or later, or survives.
 type stormMachine struct {
 	*storm
-	*machine
+	*fakegcs.Machine
 	s      *Storage
 	steady bool // its zips can be read, and at once
 	ctx    context.Context
@@ -185,12 +186,9 @@ type stormMachine struct {
 
 // newMachine returns a machine that keeps its own time and has its own ideas.
 func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts ...Option) *stormMachine {
-	m := &stormMachine{storm: w, machine: w.f.register(name)}
-	m.connect(w.t, []option.ClientOption{
-		option.WithHTTPClient(&http.Client{Transport: shortPages{m.machine, pageSize}}),
-		option.WithoutAuthentication(),
-	})
-	m.s = NewStorage(m.bucket, append(opts, WithChunkSize(stormChunk))...)
+	m := &stormMachine{storm: w, Machine: w.f.Register(name)}
+	m.Connect(shortPages{m.Machine, pageSize})
+	m.s = NewStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
 	m.s.now = func() time.Time { return time.Now().Add(skew) }
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	w.mu.Lock()
@@ -269,7 +267,7 @@ func (m *stormMachine) exists(ctx context.Context, vers string) *observation {
 // observe makes a call and writes down what came of it. The call itself says
 // what it means that there is no error.
 func (m *stormMachine) observe(call, vers string, do func(o *observation) error) *observation {
-	o := m.begin(&observation{who: m.name, call: call, version: vers})
+	o := m.begin(&observation{who: m.Name, call: call, version: vers})
 	seen := &observation{}
 	m.end(o, seen, do(seen))
 	return o
@@ -294,9 +292,7 @@ func (w *storm) begin(o *observation) *observation {
 }
 
 func (m *stormMachine) end(o, seen *observation, err error) {
-	m.fake.mu.Lock()
-	dead := m.crashed
-	m.fake.mu.Unlock()
+	dead := m.Crashed()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.order++
@@ -324,7 +320,7 @@ func (m *stormMachine) end(o, seen *observation, err error) {
 // land lets the requests arrive that are still on their way. After that, calls
 // that are over have no more effect.
 func (w *storm) land() {
-	w.f.land()
+	w.f.Land()
 	w.inspect()
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -348,7 +344,7 @@ var errStormReader = errors.New("the zip's reader failed")
 
 func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *observation {
 	n, c := m.newContent(vers, rng)
-	o := &observation{who: m.name, call: "Save", version: vers, save: n, how: fmt.Sprintf("%d bytes", len(c.zip))}
+	o := &observation{who: m.Name, call: "Save", version: vers, save: n, how: fmt.Sprintf("%d bytes", len(c.zip))}
 	var zip io.Reader = bytes.NewReader(c.zip)
 	lasts, breaks := true, false // whether it can be read twice, and not even once
 	if rng.IntN(2) == 0 {
@@ -401,7 +397,7 @@ func (w *storm) newContent(vers string, rng *rand.Rand) (int, content) {
 func (m *stormMachine) list(ctx context.Context) {
 	var os []*observation
 	for _, vers := range m.versions {
-		os = append(os, m.begin(&observation{who: m.name, call: "List", version: vers}))
+		os = append(os, m.begin(&observation{who: m.Name, call: "List", version: vers}))
 	}
 	list, err := m.s.List(ctx, stormModule)
 	for _, o := range os {
@@ -419,7 +415,7 @@ func (m *stormMachine) read(ctx context.Context, ext, vers string) *observation 
 		if o.save = m.whose(data); o.save < 0 {
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			m.report(fmt.Sprintf("%s reads a %s of %s that nobody wrote: %.40q", m.name, ext, vers, data))
+			m.report(fmt.Sprintf("%s reads a %s of %s that nobody wrote: %.40q", m.Name, ext, vers, data))
 		}
 		return nil
 	})
@@ -454,40 +450,39 @@ func (w *storm) whose(data []byte) int {
 
 // weather decides what happens to a request: a delay, a fault, a machine that
 // sleeps or crashes.
-func (w *storm) weather(r *request) faultKind {
+func (w *storm) weather(r *fakegcs.Request) fakegcs.Fault {
 	hash := fnv.New64()
 	fmt.Fprint(hash, r.Machine, r.MachineN)
 	rng := rand.New(rand.NewPCG(w.seed, hash.Sum64()))
 	time.Sleep(time.Duration(rng.Int64N(int64(w.slowness + time.Millisecond))))
 	if w.calm.Err() != nil {
-		return noFault
+		return fakegcs.NoFault
 	}
 	w.mu.Lock()
 	m := w.machines[r.Machine]
 	w.mu.Unlock()
 	if bad := w.badness / 4; rng.Float64() < bad || r.Op == "chunk" && rng.Float64() < bad {
-		m.pause()
-		time.AfterFunc(time.Duration(rng.Int64N(int64(2*w.threshold[rng.IntN(len(w.threshold))]))), m.resume)
+		m.Pause()
+		time.AfterFunc(time.Duration(rng.Int64N(int64(2*w.threshold[rng.IntN(len(w.threshold))]))), m.Resume)
 	}
 	if rng.Float64() >= w.badness {
-		return noFault
+		return fakegcs.NoFault
 	}
 	if rng.IntN(8) == 0 {
 		time.AfterFunc(time.Second, m.cancel) // nobody hears the calls' ends, but they have to end
-		return []faultKind{crashBefore, crashAfter}[rng.IntN(2)]
+		return []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter}[rng.IntN(2)]
 	}
-	return []faultKind{refused, lostReset, lostEOF, lostBody, unavailable, tooMany, hung, hungApplied, stray}[rng.IntN(9)]
+	return []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}[rng.IntN(9)]
 }
 
 // inspect holds what is in the bucket against the invariants.
 func (w *storm) inspect() {
-	w.f.mu.Lock()
-	defer w.f.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	objects := w.f.Objects()
 	for _, vers := range w.versions {
 		v := version{stormModule, vers}
-		info, mod, zip := w.f.objects[v.object(extInfo)], w.f.objects[v.object(extMod)], w.f.objects[v.object(extZip)]
+		info, mod, zip := objects[v.object(extInfo)], objects[v.object(extMod)], objects[v.object(extZip)]
 		if mod == nil {
 			delete(w.lives, vers)
 			continue
@@ -507,8 +502,8 @@ func (w *storm) inspect() {
 			w.report(fmt.Sprintf("%s: an object of a complete version was replaced: %v, %v", vers, was, now))
 		}
 		w.lives[vers] = now
-		if whose := w.sums[mod.md5]; whose != w.sums[info.md5] || whose != w.sums[zip.md5] {
-			w.report(fmt.Sprintf("%s: a version without marker is of saves %d (mod), %d (info) and %d (zip)", vers, whose, w.sums[info.md5], w.sums[zip.md5]))
+		if whose := w.sums[mod.MD5]; whose != w.sums[info.MD5] || whose != w.sums[zip.MD5] {
+			w.report(fmt.Sprintf("%s: a version without marker is of saves %d (mod), %d (info) and %d (zip)", vers, whose, w.sums[info.MD5], w.sums[zip.MD5]))
 		}
 	}
 }
@@ -533,7 +528,7 @@ func (w *storm) clearUp() {
 		}
 		w.report(w.history[vers].check()...)
 	}
-	if requests, bodies := w.f.inFlight(); requests != 0 || bodies != 0 {
+	if requests, bodies := w.f.InFlight(); requests != 0 || bodies != 0 {
 		w.report(fmt.Sprintf("%d requests and %d answers are left behind", requests, bodies))
 	}
 }
@@ -550,7 +545,7 @@ func (w *storm) print() {
 	for _, o := range all {
 		fmt.Fprintln(&b, o)
 	}
-	for _, r := range w.f.log() {
+	for _, r := range w.f.Log() {
 		fmt.Fprintf(&b, "%10v %v %v\n", r.Start.Sub(w.began).Round(time.Millisecond), r, r.Metadata)
 	}
 	w.t.Errorf("%s\n\nTo see it again: GCS_STORM_SEEDS=%d-%d go test -run TestStorm -count 20\n\n%s", strings.Join(w.broken, "\n"), w.seed, w.seed, b.String())

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -19,6 +20,8 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // watcher is what an operator would look at.
@@ -101,9 +104,9 @@ func (w watcher) renewalsFailed() float64 { return w.measure("gcs.renewals.faile
 func leave(f *fakeGCS, mark map[string]string, exts ...string) {
 	for _, ext := range exts {
 		if ext == extMod {
-			f.put(objectName(ext), nil, mark)
+			f.Put(objectName(ext), nil, mark)
 		} else {
-			f.put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
+			f.Put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
 		}
 	}
 	time.Sleep(time.Second)
@@ -155,7 +158,7 @@ func TestSpans(t *testing.T) {
 			return err
 		}, "gcs.Exists", version{testModule, testVersion}, "ok", nil},
 		{"exists without permission", func(t *testing.T, f *fakeGCS, s *Storage) {
-			f.deny("storage.objects.list")
+			f.Deny("storage.objects.list")
 		}, func(ctx context.Context, s *Storage) error {
 			_, err := s.Exists(ctx, testModule, testVersion)
 			return err
@@ -227,7 +230,7 @@ func TestSpans(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
-				s := NewStorage(f.machine("a").bucket)
+				s := NewStorage(f.Machine("a").Bucket)
 				if test.prepare != nil {
 					test.prepare(t, f, s)
 					w.spans()
@@ -306,7 +309,7 @@ func TestSpansOfSharedStash(t *testing.T) {
 func TestSavesByOutcome(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
-		s := NewStorage(f.machine("a").bucket)
+		s := NewStorage(f.Machine("a").Bucket)
 		require.Empty(t, w.saves())
 		a := contentOf("a", 100)
 		want := map[string]float64{}
@@ -319,7 +322,7 @@ func TestSavesByOutcome(t *testing.T) {
 			want[outcomeExisted]++
 			require.Equal(t, want, w.saves())
 
-			f.remove(objectName(extZip))
+			f.Remove(objectName(extZip))
 			require.NoError(t, a.save(t.Context(), s))
 			want[outcomeTookOver]++
 			require.Equal(t, want, w.saves())
@@ -330,7 +333,7 @@ func TestSavesByOutcome(t *testing.T) {
 			require.Equal(t, want, w.saves())
 
 			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-			requireKind(t, a.saveFrom(t.Context(), s, brokenReader{}), KindUnexpected)
+			requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 			want[outcomeFailed]++
 			require.Error(t, s.Save(t.Context(), "", "", nil, nil, nil, nil))
 			want[outcomeFailed]++
@@ -348,7 +351,7 @@ func TestSecondsWaited(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
 		a := contentOf("a", 100)
-		s := NewStorage(f.machine("a").bucket)
+		s := NewStorage(f.Machine("a").Bucket)
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(a.zip))
@@ -356,7 +359,7 @@ func TestSecondsWaited(t *testing.T) {
 		})
 		time.Sleep(time.Second)
 		require.Zero(t, w.waited())
-		requireKind(t, a.save(t.Context(), NewStorage(f.machine("b").bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		group.Wait()
 		once := w.waited()
 		require.InDelta(t, 19, once, 2)
@@ -378,31 +381,31 @@ func TestSecondsWaited(t *testing.T) {
 func TestRenewalsFailed(t *testing.T) {
 	for _, test := range []struct {
 		name  string
-		fault faultKind
+		fault fakegcs.Fault
 		first int // so many requests, of a save that renews after 30, 60 and 90 seconds
 		want  float64
 	}{
-		{"none", noFault, 0, 0},
-		{"all", unavailable, 1000, 3},
-		{"all hung", hung, 1000, 3},
-		{"one hung", hung, 1, 1},
-		{"one, for a moment", unavailable, 1, 0}, // it is made again
+		{"none", fakegcs.NoFault, 0, 0},
+		{"all", fakegcs.Unavailable, 1000, 3},
+		{"all hung", fakegcs.Hung, 1000, 3},
+		{"one hung", fakegcs.Hung, 1, 1},
+		{"one, for a moment", fakegcs.Unavailable, 1, 0}, // it is made again
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
 				start, patches := time.Now(), 0
-				f.onRequest(func(r *request) faultKind {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.Op == "patch" && time.Since(start) < 100*time.Second {
 						if patches++; patches <= test.first {
 							return test.fault
 						}
 					}
-					return noFault
+					return fakegcs.NoFault
 				})
 				a := contentOf("a", 100)
 				zip := io.MultiReader(sleepReader(110*time.Second), bytes.NewReader(a.zip))
-				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket), zip))
+				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
 				requireStored(t, f, a)
 				require.Equal(t, test.want, w.renewalsFailed())
 			})
@@ -420,10 +423,10 @@ func TestFencedIsLogged(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
-			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.machine("a").bucket, log.option()), zip), KindAlreadyExists)
+			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket, log.option()), zip), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)
-		fast := NewStorage(f.machine("b").bucket)
+		fast := NewStorage(f.Machine("b").Bucket)
 		fast.now = func() time.Time { return time.Now().Add(time.Hour) }
 		require.NoError(t, b.save(t.Context(), fast))
 		group.Wait()
@@ -440,9 +443,9 @@ func TestFencedIsLogged(t *testing.T) {
 func TestStuckMarkerIsLogged(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
-		f.deny("storage.objects.update")
-		s := NewStorage(f.machine("a").bucket, log.option())
-		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, brokenReader{}), KindUnexpected)
+		f.Deny("storage.objects.update")
+		s := NewStorage(f.Machine("a").Bucket, log.option())
+		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "could not give a marker up")
 		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
@@ -483,7 +486,7 @@ func TestHealedIsLogged(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				test.prepare(f)
 				log := &syncedLog{}
-				require.NoError(t, test.call(t.Context(), NewStorage(f.machine("a").bucket, log.option())))
+				require.NoError(t, test.call(t.Context(), NewStorage(f.Machine("a").Bucket, log.option())))
 				require.Contains(t, log.String(), test.message)
 				require.Len(t, log.lines(slog.LevelInfo), 1)
 				require.Empty(t, log.lines(slog.LevelWarn))
@@ -502,7 +505,7 @@ func TestNothingIsLogged(t *testing.T) {
 		log := &syncedLog{}
 		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		a := contentOf("a", 100)
-		s := NewStorage(f.machine("a").bucket, option)
+		s := NewStorage(f.Machine("a").Bucket, option)
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
@@ -521,7 +524,7 @@ func TestNothingIsLogged(t *testing.T) {
 			err = s.Delete(t.Context(), testModule, testVersion)
 			require.True(t, err == nil || Is(err, KindNotFound))
 		}
-		requireKind(t, a.saveFrom(t.Context(), s, brokenReader{}), KindUnexpected) // the caller knows
+		requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected) // the caller knows
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		for _, r := range newFleet(f, &origin{takes: time.Minute}, 3, option) {
 			group.Go(func() {
@@ -536,7 +539,7 @@ func TestNothingIsLogged(t *testing.T) {
 
 // What is told to nobody costs next to nothing.
 func TestSilenceIsCheap(t *testing.T) {
-	s := NewStorage(newFakeGCS(t).machine("a").bucket, WithLogger(nil))
+	s := NewStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
 	v := version{testModule, testVersion}
 	ctx := context.Background()
 	allocs := testing.AllocsPerRun(1000, func() {

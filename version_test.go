@@ -100,7 +100,7 @@ func TestBadNames(t *testing.T) {
 				for op, call := range calls {
 					requireError(t, call(t, s, row.module, row.version), KindBadRequest, "gcs."+op, row.module, row.version)
 				}
-				require.Empty(t, f.log())
+				require.Empty(t, f.Log())
 			})
 		})
 	}
@@ -113,7 +113,7 @@ func TestBadModules(t *testing.T) {
 				versions, err := s.List(t.Context(), bad.module)
 				requireError(t, err, KindBadRequest, "gcs.List", bad.module, "")
 				require.Nil(t, versions)
-				require.Empty(t, f.log())
+				require.Empty(t, f.Log())
 			})
 		})
 	}
@@ -124,7 +124,7 @@ func TestNilZip(t *testing.T) {
 		err := s.Save(t.Context(), "m", "v1.0.0", []byte("mod"), nil, nil, []byte("info"))
 		requireError(t, err, KindBadRequest, "gcs.Save", "m", "v1.0.0")
 		require.ErrorContains(t, err, "zip")
-		require.Empty(t, f.log())
+		require.Empty(t, f.Log())
 	})
 }
 
@@ -175,7 +175,7 @@ func TestGoodNames(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				require.NoError(t, saveVersion(t.Context(), s, row.module, row.version))
 				prefix := row.module + "/@v/" + row.version
-				require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.names())
+				require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.Names())
 
 				list, err := s.List(t.Context(), row.module)
 				require.NoError(t, err)
@@ -186,7 +186,7 @@ func TestGoodNames(t *testing.T) {
 				for _, op := range []string{"Exists", "Info", "GoMod", "Zip", "Delete"} {
 					require.NoError(t, calls[op](t, s, row.module, row.version), op)
 				}
-				require.Empty(t, f.names())
+				require.Empty(t, f.Names())
 			})
 		})
 	}

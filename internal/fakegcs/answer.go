@@ -1,4 +1,4 @@
-package gcs
+package fakegcs
 
 import (
 	"bytes"
@@ -21,7 +21,7 @@ import (
 const conditionNotMet = "At least one of the pre-conditions you specified did not hold."
 
 // checkConditions compares a request's conditions with an object, nil for none.
-func checkConditions(cond map[string]string, o *fakeStored, reading bool) *fakeAnswer {
+func checkConditions(cond map[string]string, o *Object, reading bool) *answer {
 	var generation, metageneration int64
 	if o != nil {
 		generation, metageneration = o.Generation, o.Metageneration
@@ -43,7 +43,7 @@ func checkConditions(cond map[string]string, o *fakeStored, reading bool) *fakeA
 		switch {
 		case (have == want) != not:
 		case not && reading:
-			return &fakeAnswer{status: http.StatusNotModified}
+			return &answer{status: http.StatusNotModified}
 		default:
 			return jsonFailure(http.StatusPreconditionFailed, "conditionNotMet", conditionNotMet)
 		}
@@ -53,11 +53,16 @@ func checkConditions(cond map[string]string, o *fakeStored, reading bool) *fakeA
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// checkSums compares data with the checksums that came with it.
-func checkSums(data []byte, r fakeResource, headers []string) *fakeAnswer {
+// sums returns the checksums of data as GCS writes them.
+func sums(data []byte) (md5Sum, crc32c string) {
 	digest := md5.Sum(data)
-	haveMD5 := base64.StdEncoding.EncodeToString(digest[:])
-	haveCRC := base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.Checksum(data, castagnoli)))
+	return base64.StdEncoding.EncodeToString(digest[:]),
+		base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.Checksum(data, castagnoli)))
+}
+
+// checkSums compares data with the checksums that came with it.
+func checkSums(data []byte, r resource, headers []string) *answer {
+	haveMD5, haveCRC := sums(data)
 	wantMD5, wantCRC := []string{r.MD5}, []string{r.CRC32C}
 	for _, h := range strings.Split(strings.Join(headers, ","), ",") {
 		kind, v, _ := strings.Cut(strings.TrimSpace(h), "=")
@@ -82,7 +87,7 @@ func checkSums(data []byte, r fakeResource, headers []string) *fakeAnswer {
 }
 
 // describe answers with an object's attributes.
-func (f *fakeGCS) describe(c *fakeCall, o *fakeStored, query url.Values, projection string, applied bool) *fakeAnswer {
+func (f *Server) describe(c *call, o *Object, query url.Values, projection string, applied bool) *answer {
 	if p := query.Get("projection"); p != "" {
 		projection = p
 	}
@@ -92,26 +97,26 @@ func (f *fakeGCS) describe(c *fakeCall, o *fakeStored, query url.Values, project
 }
 
 // json is an object as the JSON API describes it.
-func (o *fakeStored) json(base string, full bool) map[string]any {
+func (o *Object) json(base string, full bool) map[string]any {
 	const milliseconds = "2006-01-02T15:04:05.000Z"
 	generation := strconv.FormatInt(o.Generation, 10)
 	metageneration := strconv.FormatInt(o.Metageneration, 10)
 	etag := base64.StdEncoding.EncodeToString([]byte(generation + "/" + metageneration))
-	path := "/storage/v1/b/" + fakeBucket + "/o/" + url.PathEscape(o.Name)
+	path := "/storage/v1/b/" + Bucket + "/o/" + url.PathEscape(o.Name)
 	m := map[string]any{
 		"kind":                    "storage#object",
-		"id":                      fakeBucket + "/" + o.Name + "/" + generation,
+		"id":                      Bucket + "/" + o.Name + "/" + generation,
 		"selfLink":                base + path,
 		"mediaLink":               base + "/download" + path + "?generation=" + generation + "&alt=media",
 		"name":                    o.Name,
-		"bucket":                  fakeBucket,
+		"bucket":                  Bucket,
 		"generation":              generation,
 		"metageneration":          metageneration,
 		"contentType":             o.ContentType,
 		"storageClass":            "STANDARD",
-		"size":                    strconv.FormatInt(o.size, 10),
-		"md5Hash":                 o.md5,
-		"crc32c":                  o.crc32c,
+		"size":                    strconv.Itoa(len(o.Data)),
+		"md5Hash":                 o.MD5,
+		"crc32c":                  o.CRC32C,
 		"etag":                    etag,
 		"timeCreated":             o.Created.Format(milliseconds),
 		"updated":                 o.Updated.Format(milliseconds),
@@ -134,9 +139,9 @@ func (o *fakeStored) json(base string, full bool) map[string]any {
 			"kind":       "storage#objectAccessControl",
 			"object":     o.Name,
 			"generation": generation,
-			"id":         fakeBucket + "/" + o.Name + "/" + generation + "/" + entity,
+			"id":         Bucket + "/" + o.Name + "/" + generation + "/" + entity,
 			"selfLink":   base + path + "/acl/" + entity,
-			"bucket":     fakeBucket,
+			"bucket":     Bucket,
 			"entity":     entity,
 			"role":       role,
 			"etag":       etag,
@@ -161,7 +166,7 @@ func (o *fakeStored) json(base string, full bool) map[string]any {
 }
 
 // jsonAnswer answers with those fields of v that a partial response selects.
-func jsonAnswer(v map[string]any, fields string) *fakeAnswer {
+func jsonAnswer(v map[string]any, fields string) *answer {
 	var selected any = v
 	if fields != "" {
 		selector, rest := parseFields(fields)
@@ -174,7 +179,7 @@ func jsonAnswer(v map[string]any, fields string) *fakeAnswer {
 	if err != nil {
 		panic(err)
 	}
-	return &fakeAnswer{status: http.StatusOK, header: http.Header{"Content-Type": {"application/json; charset=UTF-8"}}, body: body}
+	return &answer{status: http.StatusOK, header: http.Header{"Content-Type": {"application/json; charset=UTF-8"}}, body: body}
 }
 
 // fieldSelector is a parsed fields parameter, such as
@@ -242,13 +247,13 @@ func (sel fieldSelector) of(v any) any {
 	return v
 }
 
-func tooManyRequests(name string) *fakeAnswer {
+func tooManyRequests(name string) *answer {
 	return jsonFailure(http.StatusTooManyRequests, "rateLimitExceeded",
-		"The object "+fakeBucket+"/"+name+" exceeded the rate limit for object mutation operations (create, update, and delete). Please reduce your request rate. See https://cloud.google.com/storage/docs/gcs429.")
+		"The object "+Bucket+"/"+name+" exceeded the rate limit for object mutation operations (create, update, and delete). Please reduce your request rate. See https://cloud.google.com/storage/docs/gcs429.")
 }
 
 // jsonFailure is an error of the JSON API.
-func jsonFailure(status int, reason, message string) *fakeAnswer {
+func jsonFailure(status int, reason, message string) *answer {
 	detail := map[string]any{"domain": "global", "reason": reason, "message": message}
 	switch status {
 	case http.StatusPreconditionFailed:
@@ -262,19 +267,27 @@ func jsonFailure(status int, reason, message string) *fakeAnswer {
 }
 
 // xmlFailure is an error of the XML API, by which the client reads objects.
-func xmlFailure(status int, code, message, details string) *fakeAnswer {
+func xmlFailure(status int, code, message, details string) *answer {
 	body := fmt.Sprintf("<?xml version='1.0' encoding='UTF-8'?><Error><Code>%s</Code><Message>%s</Message>", code, message)
 	if details != "" {
 		body += "<Details>" + details + "</Details>"
 	}
-	return &fakeAnswer{
+	return &answer{
 		status: status,
 		header: http.Header{"Content-Type": {"application/xml; charset=UTF-8"}},
 		body:   []byte(body + "</Error>"),
 	}
 }
 
-func (a *fakeAnswer) response(r *http.Request, breakOff bool) *http.Response {
+// answer is the http.ResponseWriter of a read.
+func (a *answer) Header() http.Header  { return a.header }
+func (a *answer) WriteHeader(code int) { a.status = code }
+func (a *answer) Write(b []byte) (int, error) {
+	a.body = append(a.body, b...)
+	return len(b), nil
+}
+
+func (a *answer) response(r *http.Request, breakOff bool) *http.Response {
 	resp := &http.Response{
 		Status:        fmt.Sprintf("%d %s", a.status, http.StatusText(a.status)),
 		StatusCode:    a.status,

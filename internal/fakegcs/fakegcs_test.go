@@ -1,4 +1,4 @@
-package gcs
+package fakegcs
 
 import (
 	"bytes"
@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strconv"
@@ -23,17 +24,29 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/api/googleapi"
 	"google.golang.org/api/iterator"
+	"google.golang.org/api/option"
 )
 
-// The tests of this file hold the fake to what GCS documents, so that the tests
-// of the package can trust it.
+// The tests of this file hold the Server to what GCS documents, so that other tests
+// can trust it.
 
-// bubble runs a test against a fake of its own, in virtual time.
-func bubble(t *testing.T, test func(t *testing.T, f *fakeGCS, m *machine)) {
+// bubble runs a test against a bucket of its own, in virtual time. The test fails
+// when it ends with violations.
+func bubble(t *testing.T, test func(t *testing.T, f *Server, m *Machine)) {
+	t.Helper()
+	tolerant(t, func(t *testing.T, f *Server, m *Machine) {
+		test(t, f, m)
+		require.Empty(t, f.Violations())
+	})
+}
+
+// tolerant is bubble without a look at the violations.
+func tolerant(t *testing.T, test func(t *testing.T, f *Server, m *Machine)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
-		test(t, f, f.machine("m"))
+		f := New()
+		defer f.Close()
+		test(t, f, f.Machine("m"))
 	})
 }
 
@@ -86,7 +99,7 @@ func httpStatus(err error) int {
 }
 
 // sendRaw makes a request past the client library.
-func sendRaw(t *testing.T, m *machine, method, target string, header http.Header, body string) (int, http.Header, map[string]any) {
+func sendRaw(t *testing.T, m *Machine, method, target string, header http.Header, body string) (int, http.Header, map[string]any) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), method, "https://storage.googleapis.com"+target, strings.NewReader(body))
 	require.NoError(t, err)
@@ -104,17 +117,17 @@ func sendRaw(t *testing.T, m *machine, method, target string, header http.Header
 }
 
 func objectPath(name string) string {
-	return "/storage/v1/b/" + fakeBucket + "/o/" + url.PathEscape(name)
+	return "/storage/v1/b/" + Bucket + "/o/" + url.PathEscape(name)
 }
 
-func ops(log []request) (ops []string) {
+func ops(log []Request) (ops []string) {
 	for _, r := range log {
 		ops = append(ops, r.Op)
 	}
 	return ops
 }
 
-func TestFakeConditions(t *testing.T) {
+func TestConditions(t *testing.T) {
 	type cond = storage.Conditions
 	// The object, where there is one, has generation g and metageneration 2.
 	tests := []struct {
@@ -172,28 +185,27 @@ func TestFakeConditions(t *testing.T) {
 				continue // the client sends no such request
 			}
 			t.Run(tt.name+"/"+c.name, func(t *testing.T) {
-				bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-					f.tolerate()
+				tolerant(t, func(t *testing.T, f *Server, m *Machine) {
 					var g int64
 					if tt.exists {
-						g = f.put("o", []byte("old"), nil)
-						_, err := m.bucket.Object("o").Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "old"}})
+						g = f.Put("o", []byte("old"), nil)
+						_, err := m.Bucket.Object("o").Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "old"}})
 						require.NoError(t, err)
 					}
-					before := f.get("o")
-					err := c.change(t.Context(), m.bucket.Object("o").If(tt.cond(g)))
+					before := f.Get("o")
+					err := c.change(t.Context(), m.Bucket.Object("o").If(tt.cond(g)))
 					require.Equal(t, c.want, httpStatus(err), "%v", err)
-					log := f.log()
+					log := f.Log()
 					last := log[len(log)-1]
 					if c.want != http.StatusOK {
-						require.Equal(t, before, f.get("o"))
+						require.Equal(t, before, f.Get("o"))
 						require.False(t, last.Applied)
 						return
 					}
 					changed := c.name != "attrs" && c.name != "read"
 					require.Equal(t, changed, last.Applied)
 					if changed {
-						require.NotEqual(t, before, f.get("o"))
+						require.NotEqual(t, before, f.Get("o"))
 					}
 				})
 			})
@@ -201,10 +213,10 @@ func TestFakeConditions(t *testing.T) {
 	}
 }
 
-func TestFakeRefusalBody(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		f.put("o", nil, nil)
-		_, err := uploadObject(t.Context(), m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+func TestRefusalBody(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.Put("o", nil, nil)
+		_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), nil, nil)
 		var e *googleapi.Error
 		require.ErrorAs(t, err, &e)
 		require.Equal(t, http.StatusPreconditionFailed, e.Code)
@@ -214,20 +226,20 @@ func TestFakeRefusalBody(t *testing.T) {
 	})
 }
 
-// A session is not refused when it starts, only when it is finalized.
-func TestFakeResumableUpload(t *testing.T) {
+// A session is not Refused when it starts, only when it is finalized.
+func TestResumableUpload(t *testing.T) {
 	content := bytes.Repeat([]byte("0123456789abcdef"), 40<<10) // 640 KiB
 	create := storage.Conditions{DoesNotExist: true}
 	t.Run("stored", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			attrs, err := uploadObject(t.Context(), m.bucket.Object("a/b c").If(create), content, map[string]string{"k": "v"})
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			attrs, err := uploadObject(t.Context(), m.Bucket.Object("a/b c").If(create), content, map[string]string{"k": "v"})
 			require.NoError(t, err)
-			o := f.get("a/b c")
+			o := f.Get("a/b c")
 			require.Equal(t, content, o.Data)
 			require.Equal(t, map[string]string{"k": "v"}, o.Metadata)
 			require.Equal(t, o.Generation, attrs.Generation)
 			require.Equal(t, int64(1), attrs.Metageneration)
-			log := f.log()
+			log := f.Log()
 			require.Equal(t, []string{"start", "chunk", "chunk", "chunk"}, ops(log))
 			require.Equal(t, map[string]string{"k": "v"}, log[0].Metadata)
 			require.Equal(t, int64(256<<10), log[1].Sent)
@@ -238,48 +250,48 @@ func TestFakeResumableUpload(t *testing.T) {
 		})
 	})
 	t.Run("a multiple of the chunk size", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			_, err := uploadObject(t.Context(), m.bucket.Object("o").If(create), content[:512<<10], nil)
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content[:512<<10], nil)
 			require.NoError(t, err)
-			require.Equal(t, content[:512<<10], f.get("o").Data)
-			require.Equal(t, []string{"start", "chunk", "chunk", "chunk"}, ops(f.log()))
+			require.Equal(t, content[:512<<10], f.Get("o").Data)
+			require.Equal(t, []string{"start", "chunk", "chunk", "chunk"}, ops(f.Log()))
 		})
 	})
 	t.Run("refused at the end", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.put("o", []byte("old"), nil)
-			_, err := uploadObject(t.Context(), m.bucket.Object("o").If(create), content, nil)
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.Put("o", []byte("old"), nil)
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
 			require.Equal(t, http.StatusPreconditionFailed, httpStatus(err))
-			require.Equal(t, []string{"start", "chunk", "chunk", "chunk"}, ops(f.log()))
-			require.Equal(t, "old", string(f.get("o").Data))
+			require.Equal(t, []string{"start", "chunk", "chunk", "chunk"}, ops(f.Log()))
+			require.Equal(t, "old", string(f.Get("o").Data))
 		})
 	})
 	t.Run("created meanwhile", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.onRequest(func(r *request) faultKind {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.OnRequest(func(_ context.Context, r *Request) Fault {
 				if r.Op == "chunk" && r.N == 2 {
-					f.put("o", []byte("other"), nil)
+					f.Put("o", []byte("other"), nil)
 				}
-				return noFault
+				return NoFault
 			})
-			_, err := uploadObject(t.Context(), m.bucket.Object("o").If(create), content, nil)
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
 			require.Equal(t, http.StatusPreconditionFailed, httpStatus(err))
-			require.Equal(t, "other", string(f.get("o").Data))
+			require.Equal(t, "other", string(f.Get("o").Data))
 		})
 	})
-	for _, fault := range []faultKind{refused, lostReset, lostBody, unavailable, tooMany} {
+	for _, fault := range []Fault{Refused, LostReset, LostBody, Unavailable, TooMany} {
 		for n := range 4 {
 			t.Run(fmt.Sprintf("%v of request %d", fault, n), func(t *testing.T) {
-				bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-					f.onRequest(func(r *request) faultKind {
+				bubble(t, func(t *testing.T, f *Server, m *Machine) {
+					f.OnRequest(func(_ context.Context, r *Request) Fault {
 						if r.N == n {
 							return fault
 						}
-						return noFault
+						return NoFault
 					})
-					_, err := uploadObject(t.Context(), m.bucket.Object("o").If(create), content, nil)
-					o := f.get("o")
-					if fault == lostBody && n == 3 {
+					_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
+					o := f.Get("o")
+					if fault == LostBody && n == 3 {
 						// The client repeats no request whose answer it has begun to read.
 						require.Error(t, err)
 					} else {
@@ -292,7 +304,7 @@ func TestFakeResumableUpload(t *testing.T) {
 		}
 	}
 	t.Run("query", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			code, header, _ := sendRaw(t, m, "POST", "/upload/storage/v1/b/modules/o?uploadType=resumable&name=o&ifGenerationMatch=0", nil, "{}")
 			require.Equal(t, http.StatusOK, code)
 			session := strings.TrimPrefix(header.Get("Location"), "https://storage.googleapis.com")
@@ -311,22 +323,22 @@ func TestFakeResumableUpload(t *testing.T) {
 			code, span = chunk("bytes */*", "")
 			require.Equal(t, 308, code)
 			require.Equal(t, "bytes=0-2", span)
-			require.Nil(t, f.get("o"))
+			require.Nil(t, f.Get("o"))
 			code, _ = chunk("bytes 1-4/5", "bcde")
 			require.Equal(t, http.StatusOK, code)
-			require.Equal(t, "abcde", string(f.get("o").Data))
+			require.Equal(t, "abcde", string(f.Get("o").Data))
 			code, _ = chunk("bytes */5", "")
 			require.Equal(t, http.StatusOK, code)
-			require.Equal(t, []string{"start", "query", "chunk", "chunk", "query", "chunk", "chunk"}, ops(f.log()))
+			require.Equal(t, []string{"start", "query", "chunk", "chunk", "query", "chunk", "chunk"}, ops(f.Log()))
 			code, _, _ = sendRaw(t, m, "PUT", "/upload/storage/v1/b/modules/o?uploadType=resumable&upload_id=none", http.Header{"Content-Range": {"bytes */*"}}, "")
 			require.Equal(t, http.StatusNotFound, code)
 		})
 	})
 }
 
-func TestFakeMetadata(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		o := m.bucket.Object("o")
+func TestMetadata(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		o := m.Bucket.Object("o")
 		created := mustUpload(t, o.If(storage.Conditions{DoesNotExist: true}), "x", map[string]string{"a": "1", "b": "2"})
 		require.Equal(t, int64(1), created.Metageneration)
 		require.Equal(t, created.Created, created.Updated)
@@ -356,13 +368,13 @@ func TestFakeMetadata(t *testing.T) {
 			require.True(t, created.Created.Equal(attrs.Created), s.name)
 			require.Equal(t, time.Now().UTC(), attrs.Updated, s.name)
 		}
-		require.Equal(t, "text/x-test", f.get("o").ContentType)
+		require.Equal(t, "text/x-test", f.Get("o").ContentType)
 
 		// The client sends null for an empty map.
 		attrs, err := o.If(storage.Conditions{MetagenerationMatch: 7}).Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
 		require.NoError(t, err)
 		require.Empty(t, attrs.Metadata)
-		log := f.log()
+		log := f.Log()
 		require.Nil(t, log[len(log)-1].Metadata)
 
 		// A new generation starts over.
@@ -375,11 +387,11 @@ func TestFakeMetadata(t *testing.T) {
 }
 
 // Generations come from the clock, which stands still in a bubble.
-func TestFakeGenerations(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+func TestGenerations(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
 		now := time.Now()
-		o := m.bucket.Object("o")
-		last := f.put("o", nil, nil)
+		o := m.Bucket.Object("o")
+		last := f.Put("o", nil, nil)
 		for range 3 {
 			attrs := mustUpload(t, o.If(storage.Conditions{GenerationMatch: last}), "x", nil)
 			require.Greater(t, attrs.Generation, last)
@@ -401,15 +413,14 @@ func TestFakeGenerations(t *testing.T) {
 	})
 }
 
-func TestFakeReads(t *testing.T) {
+func TestReads(t *testing.T) {
 	const name = "example.com/!m/@v/v1.0.0+x.mod"
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
-		f.put(name, []byte("older"), nil)
-		g := f.put(name, []byte("0123456789"), map[string]string{"in_progress": "true"})
-		f.put("empty", nil, nil)
-		for _, m := range []*machine{f.machine("xml"), f.machine("json", storage.WithJSONReads())} {
-			r, err := m.bucket.Object(name).NewReader(t.Context())
+	bubble(t, func(t *testing.T, f *Server, _ *Machine) {
+		f.Put(name, []byte("older"), nil)
+		g := f.Put(name, []byte("0123456789"), map[string]string{"in_progress": "true"})
+		f.Put("empty", nil, nil)
+		for _, m := range []*Machine{f.Machine("xml"), f.Machine("json", storage.WithJSONReads())} {
+			r, err := m.Bucket.Object(name).NewReader(t.Context())
 			require.NoError(t, err)
 			b, err := io.ReadAll(r)
 			require.NoError(t, err)
@@ -418,13 +429,13 @@ func TestFakeReads(t *testing.T) {
 			require.Equal(t, int64(10), r.Attrs.Size)
 			require.Equal(t, g, r.Attrs.Generation)
 			require.Equal(t, int64(1), r.Attrs.Metageneration)
-			if m.name == "xml" {
+			if m.Name == "xml" {
 				require.Equal(t, map[string]string{"In_progress": "true"}, r.Metadata())
 			} else {
 				require.Empty(t, r.Metadata())
 			}
 
-			r, err = m.bucket.Object(name).NewRangeReader(t.Context(), 2, 3)
+			r, err = m.Bucket.Object(name).NewRangeReader(t.Context(), 2, 3)
 			require.NoError(t, err)
 			b, err = io.ReadAll(r)
 			require.NoError(t, err)
@@ -432,37 +443,37 @@ func TestFakeReads(t *testing.T) {
 			require.Equal(t, "234", string(b))
 			require.Equal(t, int64(10), r.Attrs.Size)
 
-			r, err = m.bucket.Object(name).NewRangeReader(t.Context(), 0, 0)
+			r, err = m.Bucket.Object(name).NewRangeReader(t.Context(), 0, 0)
 			require.NoError(t, err)
 			require.NoError(t, r.Close())
 			require.Equal(t, int64(10), r.Attrs.Size)
 
-			s, err := downloadObject(t.Context(), m.bucket.Object("empty"))
+			s, err := downloadObject(t.Context(), m.Bucket.Object("empty"))
 			require.NoError(t, err)
 			require.Empty(t, s)
 
-			_, err = downloadObject(t.Context(), m.bucket.Object("absent"))
+			_, err = downloadObject(t.Context(), m.Bucket.Object("absent"))
 			require.ErrorIs(t, err, storage.ErrObjectNotExist)
-			_, err = downloadObject(t.Context(), m.client.Bucket("absent").Object("o"))
+			_, err = downloadObject(t.Context(), m.Client.Bucket("absent").Object("o"))
 			require.ErrorIs(t, err, storage.ErrObjectNotExist)
 		}
-		m := f.machine("m")
-		_, err := m.bucket.Object("absent").Attrs(t.Context())
+		m := f.Machine("m")
+		_, err := m.Bucket.Object("absent").Attrs(t.Context())
 		require.ErrorIs(t, err, storage.ErrObjectNotExist)
-		_, err = m.client.Bucket("absent").Objects(t.Context(), nil).Next()
+		_, err = m.Client.Bucket("absent").Objects(t.Context(), nil).Next()
 		require.ErrorIs(t, err, storage.ErrBucketNotExist)
-		attrs, err := m.bucket.Attrs(t.Context())
+		attrs, err := m.Bucket.Attrs(t.Context())
 		require.NoError(t, err)
-		require.Equal(t, fakeBucket, attrs.Name)
-		requests, bodies := f.inFlight()
+		require.Equal(t, Bucket, attrs.Name)
+		requests, bodies := f.InFlight()
 		require.Zero(t, requests)
 		require.Zero(t, bodies)
 	})
 }
 
-func listObjects(t *testing.T, m *machine, q *storage.Query, pageSize int) (names []string, attrs []*storage.ObjectAttrs) {
+func listObjects(t *testing.T, m *Machine, q *storage.Query, pageSize int) (names []string, attrs []*storage.ObjectAttrs) {
 	t.Helper()
-	it := m.bucket.Objects(t.Context(), q)
+	it := m.Bucket.Objects(t.Context(), q)
 	it.PageInfo().MaxSize = pageSize
 	for {
 		o, err := it.Next()
@@ -474,7 +485,7 @@ func listObjects(t *testing.T, m *machine, q *storage.Query, pageSize int) (name
 	}
 }
 
-func TestFakeList(t *testing.T) {
+func TestList(t *testing.T) {
 	objects := []string{"a", "a/b", "b", "m/@v/v1.info", "m/@v/v1.mod", "m/@v/v1.zip", "m/v2/@v/v2.mod", "z"}
 	tests := []struct {
 		name     string
@@ -495,41 +506,41 @@ func TestFakeList(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
 				for _, name := range slices.Backward(objects) {
-					f.put(name, nil, nil)
+					f.Put(name, nil, nil)
 				}
 				names, _ := listObjects(t, m, tt.query, tt.pageSize)
 				require.Equal(t, tt.want, names)
-				require.Len(t, f.log(), tt.requests)
+				require.Len(t, f.Log(), tt.requests)
 			})
 		})
 	}
 	t.Run("at most 1000 a page", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			for i := range 1001 {
-				f.put(fmt.Sprintf("%05d", i), nil, nil)
+				f.Put(fmt.Sprintf("%05d", i), nil, nil)
 			}
 			names, _ := listObjects(t, m, nil, 0)
 			require.Len(t, names, 1001)
 			require.True(t, slices.IsSorted(names))
 			names, _ = listObjects(t, m, nil, 3000)
 			require.Len(t, names, 1001)
-			require.Len(t, f.log(), 4)
+			require.Len(t, f.Log(), 4)
 		})
 	})
 	t.Run("objects come and go between pages", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			for _, name := range []string{"a", "b", "c", "d", "e"} {
-				f.put(name, nil, nil)
+				f.Put(name, nil, nil)
 			}
-			f.onAnswer(func(r *request) {
+			f.OnAnswer(func(_ context.Context, r *Request) {
 				if r.N == 0 {
-					f.remove("a")
-					f.remove("b")
-					f.remove("d")
-					f.put("a2", nil, nil)
-					f.put("c2", nil, nil)
+					f.Remove("a")
+					f.Remove("b")
+					f.Remove("d")
+					f.Put("a2", nil, nil)
+					f.Put("c2", nil, nil)
 				}
 			})
 			names, _ := listObjects(t, m, nil, 2)
@@ -537,7 +548,7 @@ func TestFakeList(t *testing.T) {
 		})
 	})
 	t.Run("bad requests", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			for _, query := range []string{"pageToken=!", "maxResults=0", "maxResults=x", "fields=items(name"} {
 				code, _, _ := sendRaw(t, m, "GET", "/storage/v1/b/modules/o?"+query, nil, "")
 				require.Equal(t, http.StatusBadRequest, code, query)
@@ -546,10 +557,10 @@ func TestFakeList(t *testing.T) {
 	})
 }
 
-func TestFakeSelection(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		f.put("o", []byte("x"), map[string]string{"k": "v", "l": "w"})
-		f.put("p", []byte("x"), nil)
+func TestSelection(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.Put("o", []byte("x"), map[string]string{"k": "v", "l": "w"})
+		f.Put("p", []byte("x"), nil)
 
 		tests := []struct {
 			query string
@@ -585,7 +596,7 @@ func TestFakeSelection(t *testing.T) {
 		}
 
 		// What the client library makes of it.
-		f.resetLog()
+		f.ResetLog()
 		full, attrs := listObjects(t, m, nil, 0)
 		require.Equal(t, []string{"o", "p"}, full)
 		require.Len(t, attrs[0].ACL, 4)
@@ -595,18 +606,18 @@ func TestFakeSelection(t *testing.T) {
 		q := &storage.Query{Projection: storage.ProjectionNoACL}
 		require.NoError(t, q.SetAttrSelection([]string{"Name", "Generation", "Metageneration", "Metadata", "Updated"}))
 		_, attrs = listObjects(t, m, q, 0)
-		require.Equal(t, f.get("o").Generation, attrs[0].Generation)
+		require.Equal(t, f.Get("o").Generation, attrs[0].Generation)
 		require.Equal(t, int64(1), attrs[0].Metageneration)
 		require.Equal(t, map[string]string{"k": "v", "l": "w"}, attrs[0].Metadata)
 		require.False(t, attrs[0].Updated.IsZero())
 		require.Zero(t, attrs[0].Size)
-		log := f.log()
+		log := f.Log()
 		require.Greater(t, log[0].Received, 2*log[1].Received)
 		require.Greater(t, log[1].Received, 2*log[2].Received)
 	})
 }
 
-func TestFakeChecksums(t *testing.T) {
+func TestChecksums(t *testing.T) {
 	small, large := []byte("content"), bytes.Repeat([]byte("content"), 80<<10)
 	tests := []struct {
 		name string
@@ -624,41 +635,41 @@ func TestFakeChecksums(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				w := m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}).NewWriter(t.Context())
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				w := m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}).NewWriter(t.Context())
 				w.ChunkSize = 256 << 10
 				tt.set(w)
 				_, err := w.Write(tt.data)
 				require.NoError(t, err)
 				err = w.Close()
 				require.Equal(t, tt.want, httpStatus(err), "%v", err)
-				require.Equal(t, tt.want == 200, f.get("o") != nil)
+				require.Equal(t, tt.want == 200, f.Get("o") != nil)
 			})
 		})
 	}
 	t.Run("header of the last chunk", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			for i, header := range []string{"crc32c=AAAAAA==", "md5=AAAAAAAAAAAAAAAAAAAAAA==", "crc32c=rth90Q==,md5=AAAAAAAAAAAAAAAAAAAAAA=="} {
 				_, h, _ := sendRaw(t, m, "POST", "/upload/storage/v1/b/modules/o?uploadType=resumable&name=o&ifGenerationMatch=0", nil, "{}")
 				code, _, _ := sendRaw(t, m, "PUT", strings.TrimPrefix(h.Get("Location"), "https://storage.googleapis.com"),
 					http.Header{"Content-Range": {"bytes 0-2/3"}, "X-Goog-Hash": {header}}, "abc")
 				require.Equal(t, http.StatusBadRequest, code, i)
-				require.Nil(t, f.get("o"))
+				require.Nil(t, f.Get("o"))
 			}
 		})
 	})
 }
 
 // A body that breaks off, or a context that ends, stores nothing.
-func TestFakeTruncatedUploads(t *testing.T) {
+func TestTruncatedUploads(t *testing.T) {
 	boom := errors.New("boom")
 	for _, chunk := range []int{0, 256 << 10} {
 		for _, size := range []int{0, 1, 300 << 10} {
 			t.Run(fmt.Sprintf("chunks of %d, %d bytes", chunk, size), func(t *testing.T) {
-				bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+				bubble(t, func(t *testing.T, f *Server, m *Machine) {
 					ctx, cancel := context.WithCancelCause(t.Context())
 					defer cancel(nil)
-					w := m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}).NewWriter(ctx)
+					w := m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}).NewWriter(ctx)
 					w.ChunkSize = chunk
 					_, err := w.Write(make([]byte, size))
 					require.NoError(t, err)
@@ -667,8 +678,8 @@ func TestFakeTruncatedUploads(t *testing.T) {
 					synctest.Wait()
 					require.ErrorIs(t, w.Close(), context.Canceled)
 					synctest.Wait()
-					require.Nil(t, f.get("o"))
-					requests, bodies := f.inFlight()
+					require.Nil(t, f.Get("o"))
+					requests, bodies := f.InFlight()
 					require.Zero(t, requests)
 					require.Zero(t, bodies)
 				})
@@ -676,7 +687,7 @@ func TestFakeTruncatedUploads(t *testing.T) {
 		}
 	}
 	t.Run("a context that ends within the body", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			body, _ := io.Pipe()
@@ -689,113 +700,113 @@ func TestFakeTruncatedUploads(t *testing.T) {
 		})
 	})
 	t.Run("a context that ends before the request is applied", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.onRequest(func(*request) faultKind {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.OnRequest(func(context.Context, *Request) Fault {
 				time.Sleep(time.Minute)
-				return noFault
+				return NoFault
 			})
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
-			_, err := uploadObject(ctx, m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+			_, err := uploadObject(ctx, m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), nil, nil)
 			require.ErrorIs(t, err, context.DeadlineExceeded)
-			require.Nil(t, f.get("o"))
+			require.Nil(t, f.Get("o"))
 		})
 	})
 	t.Run("a body that fails", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			body := io.MultiReader(strings.NewReader("--b\r\n\r\n{}\r\n--b\r\n\r\nabc"), brokenReader{})
 			r, err := http.NewRequest("POST", "https://storage.googleapis.com/upload/storage/v1/b/modules/o?uploadType=multipart&name=o&ifGenerationMatch=0", body)
 			require.NoError(t, err)
 			r.Header.Set("Content-Type", "multipart/related; boundary=b")
 			_, err = m.RoundTrip(r)
 			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
-			require.Nil(t, f.get("o"))
+			require.Nil(t, f.Get("o"))
 			code, _, _ := sendRaw(t, m, "POST", "/upload/storage/v1/b/modules/o?uploadType=multipart&name=o&ifGenerationMatch=0", r.Header, "--b\r\n\r\n{}\r\n--b\r\n\r\nabc")
 			require.Equal(t, http.StatusBadRequest, code)
-			require.Nil(t, f.get("o"))
+			require.Nil(t, f.Get("o"))
 		})
 	})
 }
 
-func TestFakeFaults(t *testing.T) {
+func TestFaults(t *testing.T) {
 	once := storage.WithPolicy(storage.RetryNever)
 	// What a single attempt of a create comes to.
 	tests := []struct {
-		fault   faultKind
+		fault   Fault
 		applied bool
 		want    error // or
 		status  int
 		retried bool // by the client, when it retries
 	}{
-		{fault: noFault, applied: true, status: 200},
-		{fault: refused, want: syscall.ECONNREFUSED, retried: true},
-		{fault: lostReset, applied: true, want: syscall.ECONNRESET, retried: true},
-		{fault: lostEOF, applied: true, want: io.EOF},
-		{fault: lostBody, applied: true, want: io.ErrUnexpectedEOF},
-		{fault: unavailable, status: 503, retried: true},
-		{fault: tooMany, status: 429, retried: true},
-		{fault: hung, want: context.DeadlineExceeded},
-		{fault: hungApplied, applied: true, want: context.DeadlineExceeded},
-		{fault: crashBefore, want: context.DeadlineExceeded},
-		{fault: crashAfter, applied: true, want: context.DeadlineExceeded},
+		{fault: NoFault, applied: true, status: 200},
+		{fault: Refused, want: syscall.ECONNREFUSED, retried: true},
+		{fault: LostReset, applied: true, want: syscall.ECONNRESET, retried: true},
+		{fault: LostEOF, applied: true, want: io.EOF},
+		{fault: LostBody, applied: true, want: io.ErrUnexpectedEOF},
+		{fault: Unavailable, status: 503, retried: true},
+		{fault: TooMany, status: 429, retried: true},
+		{fault: Hung, want: context.DeadlineExceeded},
+		{fault: HungApplied, applied: true, want: context.DeadlineExceeded},
+		{fault: CrashBefore, want: context.DeadlineExceeded},
+		{fault: CrashAfter, applied: true, want: context.DeadlineExceeded},
 	}
 	for _, tt := range tests {
 		t.Run(tt.fault.String(), func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				var seen, answered []request
-				f.onRequest(func(r *request) faultKind {
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				var seen, answered []Request
+				f.OnRequest(func(_ context.Context, r *Request) Fault {
 					seen = append(seen, *r)
 					if r.N == 0 {
 						return tt.fault
 					}
-					return noFault
+					return NoFault
 				})
-				f.onAnswer(func(r *request) { answered = append(answered, *r) })
+				f.OnAnswer(func(_ context.Context, r *Request) { answered = append(answered, *r) })
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				start := time.Now()
-				o := m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true})
+				o := m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true})
 				_, err := uploadObject(ctx, o.Retryer(once), []byte("x"), map[string]string{"k": "v"})
 				if tt.want != nil {
 					require.ErrorIs(t, err, tt.want)
 				} else {
 					require.Equal(t, tt.status, httpStatus(err), "%v", err)
 				}
-				require.Equal(t, tt.applied, f.get("o") != nil)
+				require.Equal(t, tt.applied, f.Get("o") != nil)
 				if tt.want == context.DeadlineExceeded {
 					require.Equal(t, time.Minute, time.Since(start))
 				}
 				require.Len(t, seen, 1)
 				require.Equal(t, "insert", seen[0].Op)
 				require.Equal(t, map[string]string{"k": "v"}, seen[0].Metadata)
-				r := f.log()[0]
+				r := f.Log()[0]
 				require.Equal(t, tt.fault, r.Fault)
 				require.Equal(t, tt.applied, r.Applied)
 				require.Equal(t, time.Now(), r.End)
 				require.Equal(t, tt.applied || tt.status != 0, len(answered) == 1)
 				wantStatus := tt.status
-				if tt.fault == lostBody {
+				if tt.fault == LostBody {
 					wantStatus = 200
 				}
 				require.Equal(t, wantStatus, r.Status)
 
 				// A second machine is untouched.
-				_, err = f.machine("other").bucket.Object("o").Attrs(t.Context())
+				_, err = f.Machine("other").Bucket.Object("o").Attrs(t.Context())
 				require.Equal(t, tt.applied, err == nil)
 			})
 		})
 		t.Run(tt.fault.String()+", with retries", func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				f.onRequest(func(r *request) faultKind {
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				f.OnRequest(func(_ context.Context, r *Request) Fault {
 					if r.N == 0 {
 						return tt.fault
 					}
-					return noFault
+					return NoFault
 				})
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
-				_, err := uploadObject(ctx, m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
-				require.Equal(t, tt.retried, len(f.log()) == 2)
+				_, err := uploadObject(ctx, m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
+				require.Equal(t, tt.retried, len(f.Log()) == 2)
 				if tt.retried && tt.applied {
 					require.Equal(t, http.StatusPreconditionFailed, httpStatus(err)) // its own object
 				} else if tt.retried {
@@ -805,18 +816,18 @@ func TestFakeFaults(t *testing.T) {
 		})
 	}
 	t.Run("a read that breaks off is resumed", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.put("o", []byte("0123456789"), nil)
-			f.onRequest(func(r *request) faultKind {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.Put("o", []byte("0123456789"), nil)
+			f.OnRequest(func(_ context.Context, r *Request) Fault {
 				if r.N == 0 {
-					return lostBody
+					return LostBody
 				}
-				return noFault
+				return NoFault
 			})
-			s, err := downloadObject(t.Context(), m.bucket.Object("o"))
+			s, err := downloadObject(t.Context(), m.Bucket.Object("o"))
 			require.NoError(t, err)
 			require.Equal(t, "0123456789", s)
-			log := f.log()
+			log := f.Log()
 			require.Len(t, log, 2)
 			require.Equal(t, int64(5), log[0].Received)
 			require.Equal(t, int64(5), log[1].Received)
@@ -824,11 +835,11 @@ func TestFakeFaults(t *testing.T) {
 	})
 }
 
-func TestFakeCrash(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		f.setLatency(2 * time.Second)
+func TestCrash(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.SetLatency(2 * time.Second)
 		create := func(ctx context.Context, name string) error {
-			_, err := uploadObject(ctx, m.bucket.Object(name).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
+			_, err := uploadObject(ctx, m.Bucket.Object(name).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
 			return err
 		}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -837,7 +848,7 @@ func TestFakeCrash(t *testing.T) {
 		time.Sleep(900 * time.Millisecond)
 		go func() { errs <- create(ctx, "on its way") }()
 		time.Sleep(900 * time.Millisecond)
-		m.crash() // at 1.8s: the first was applied at 1s, the second would be at 1.9s
+		m.Crash() // at 1.8s: the first was applied at 1s, the second would be at 1.9s
 		go func() { errs <- create(ctx, "after") }()
 		time.Sleep(time.Hour)
 		require.Empty(t, errs)
@@ -845,106 +856,106 @@ func TestFakeCrash(t *testing.T) {
 		for range 3 {
 			require.ErrorIs(t, <-errs, context.Canceled)
 		}
-		require.Equal(t, []string{"applied"}, f.names())
-		other := f.machine("other")
-		_, err := other.bucket.Object("applied").Attrs(t.Context())
+		require.Equal(t, []string{"applied"}, f.Names())
+		other := f.Machine("other")
+		_, err := other.Bucket.Object("applied").Attrs(t.Context())
 		require.NoError(t, err)
 	})
 }
 
 // A request that is on its way lands after its sender gave up, or crashed.
-func TestFakeStray(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		f.onRequest(func(*request) faultKind { return stray })
+func TestStray(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.OnRequest(func(context.Context, *Request) Fault { return Stray })
 		for _, name := range []string{"o", "p", "o"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			_, err := uploadObject(ctx, m.bucket.Object(name).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
+			_, err := uploadObject(ctx, m.Bucket.Object(name).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
 			cancel()
 			require.ErrorIs(t, err, context.DeadlineExceeded)
-			require.Empty(t, f.names())
+			require.Empty(t, f.Names())
 		}
-		m.crash()
-		f.land()
-		require.Equal(t, []string{"o", "p"}, f.names())
-		log := f.log()
+		m.Crash()
+		f.Land()
+		require.Equal(t, []string{"o", "p"}, f.Names())
+		log := f.Log()
 		require.True(t, log[0].Applied && log[1].Applied)
-		require.False(t, log[2].Applied) // refused: it exists
-		f.remove("o")
-		f.land()
-		require.Nil(t, f.get("o"))
+		require.False(t, log[2].Applied) // Refused: it exists
+		f.Remove("o")
+		f.Land()
+		require.Nil(t, f.Get("o"))
 	})
 }
 
-func TestFakePause(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+func TestPause(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
 		start := time.Now()
-		m.pause()
-		m.pause()
+		m.Pause()
+		m.Pause()
 		go func() {
 			time.Sleep(time.Minute)
-			require.Nil(t, f.get("o"))
-			m.resume()
+			require.Nil(t, f.Get("o"))
+			m.Resume()
 		}()
-		mustUpload(t, m.bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), "x", nil)
+		mustUpload(t, m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), "x", nil)
 		require.Equal(t, time.Minute, time.Since(start))
 
 		// A hook may pause the request that it is called for.
-		f.onRequest(func(r *request) faultKind {
+		f.OnRequest(func(_ context.Context, r *Request) Fault {
 			if r.Op == "insert" {
-				m.pause()
+				m.Pause()
 			}
-			return noFault
+			return NoFault
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		_, err := uploadObject(ctx, m.bucket.Object("p").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+		_, err := uploadObject(ctx, m.Bucket.Object("p").If(storage.Conditions{DoesNotExist: true}), nil, nil)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Nil(t, f.get("p"))
-		m.resume()
-		m.resume()
+		require.Nil(t, f.Get("p"))
+		m.Resume()
+		m.Resume()
 
 		// An answer waits too.
-		f.onRequest(nil)
-		f.onAnswer(func(r *request) { m.pause() })
+		f.OnRequest(nil)
+		f.OnAnswer(func(_ context.Context, r *Request) { m.Pause() })
 		go func() {
 			time.Sleep(time.Minute)
-			require.NotNil(t, f.get("q"))
-			m.resume()
+			require.NotNil(t, f.Get("q"))
+			m.Resume()
 		}()
 		start = time.Now()
-		mustUpload(t, m.bucket.Object("q").If(storage.Conditions{DoesNotExist: true}), "x", nil)
+		mustUpload(t, m.Bucket.Object("q").If(storage.Conditions{DoesNotExist: true}), "x", nil)
 		require.Equal(t, time.Minute, time.Since(start))
 	})
 }
 
-func TestFakeLatency(t *testing.T) {
-	bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-		f.setLatency(100 * time.Millisecond)
+func TestLatency(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.SetLatency(100 * time.Millisecond)
 		var wg sync.WaitGroup
 		start := time.Now()
 		for i := range 3 {
 			wg.Go(func() {
-				o := m.bucket.Object(strconv.Itoa(i))
+				o := m.Bucket.Object(strconv.Itoa(i))
 				_, err := uploadObject(t.Context(), o.If(storage.Conditions{DoesNotExist: true}), nil, nil)
 				require.NoError(t, err)
 			})
 		}
 		wg.Wait()
 		require.Equal(t, 100*time.Millisecond, time.Since(start))
-		require.Equal(t, 1, serialTrips(f.log()))
-		_, err := m.bucket.Object("0").Attrs(t.Context())
+		require.Equal(t, 1, SerialTrips(f.Log()))
+		_, err := m.Bucket.Object("0").Attrs(t.Context())
 		require.NoError(t, err)
 		wg.Go(func() {
-			_, err := m.bucket.Object("1").Attrs(t.Context())
+			_, err := m.Bucket.Object("1").Attrs(t.Context())
 			require.NoError(t, err)
 		})
 		time.Sleep(50 * time.Millisecond)
-		_, err = m.bucket.Object("2").Attrs(t.Context())
+		_, err = m.Bucket.Object("2").Attrs(t.Context())
 		require.NoError(t, err)
 		wg.Wait()
-		require.Equal(t, 3, serialTrips(f.log()))
-		require.Len(t, f.log(), 6)
-		require.Equal(t, 5, f.log()[5].MachineN)
+		require.Equal(t, 3, SerialTrips(f.Log()))
+		require.Len(t, f.Log(), 6)
+		require.Equal(t, 5, f.Log()[5].MachineN)
 
 		// The context ends on the way there, and on the way back.
 		for _, tt := range []struct {
@@ -952,69 +963,69 @@ func TestFakeLatency(t *testing.T) {
 			applied bool
 		}{{20 * time.Millisecond, false}, {80 * time.Millisecond, true}} {
 			ctx, cancel := context.WithTimeout(t.Context(), tt.after)
-			_, err := uploadObject(ctx, m.bucket.Object("n").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+			_, err := uploadObject(ctx, m.Bucket.Object("n").If(storage.Conditions{DoesNotExist: true}), nil, nil)
 			cancel()
 			require.ErrorIs(t, err, context.DeadlineExceeded)
-			require.Equal(t, tt.applied, f.get("n") != nil)
+			require.Equal(t, tt.applied, f.Get("n") != nil)
 		}
 	})
 }
 
-func TestFakeRates(t *testing.T) {
+func TestRates(t *testing.T) {
 	once := storage.WithPolicy(storage.RetryNever)
 	for _, enforced := range []bool{false, true} {
 		t.Run(fmt.Sprintf("enforced %v", enforced), func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				f.enforceRates(enforced)
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				f.EnforceRates(enforced)
 				tooSoon, violations := http.StatusOK, 1
 				if enforced {
 					tooSoon, violations = http.StatusTooManyRequests, 0
 				}
-				o := m.bucket.Object("o").Retryer(once)
+				o := m.Bucket.Object("o").Retryer(once)
 				write := func() int {
 					var g int64
-					if have := f.get("o"); have != nil {
+					if have := f.Get("o"); have != nil {
 						g = have.Generation
 					}
 					_, err := uploadObject(t.Context(), o.If(storage.Conditions{GenerationMatch: g, DoesNotExist: g == 0}), nil, nil)
 					return httpStatus(err)
 				}
 				update := func() int {
-					_, err := o.If(storage.Conditions{MetagenerationMatch: f.get("o").Metageneration}).
+					_, err := o.If(storage.Conditions{MetagenerationMatch: f.Get("o").Metageneration}).
 						Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "v"}})
 					return httpStatus(err)
 				}
 				require.Equal(t, 200, write())
 				require.Equal(t, 200, update()) // a create and an update at once are ordinary
-				require.Empty(t, f.rateViolations())
+				require.Empty(t, f.RateViolations())
 
 				time.Sleep(999 * time.Millisecond)
 				require.Equal(t, tooSoon, write())
-				require.Len(t, f.rateViolations(), violations)
+				require.Len(t, f.RateViolations(), violations)
 				time.Sleep(time.Second)
 				require.Equal(t, 200, write())
 				require.Equal(t, 200, update())
 				time.Sleep(999 * time.Millisecond)
 				require.Equal(t, tooSoon, update())
-				require.Len(t, f.rateViolations(), 2*violations)
+				require.Len(t, f.RateViolations(), 2*violations)
 				time.Sleep(time.Second)
 				require.Equal(t, 200, update())
-				require.Len(t, f.rateViolations(), 2*violations)
+				require.Len(t, f.RateViolations(), 2*violations)
 
-				// What is refused does not count.
+				// What is Refused does not count.
 				time.Sleep(time.Second)
 				for range 2 {
 					_, err := uploadObject(t.Context(), o.If(storage.Conditions{DoesNotExist: true}), nil, nil)
 					require.Equal(t, http.StatusPreconditionFailed, httpStatus(err))
 				}
 				require.Equal(t, 200, write())
-				require.Len(t, f.rateViolations(), 2*violations)
+				require.Len(t, f.RateViolations(), 2*violations)
 			})
 		})
 	}
 }
 
-func TestFakePermissions(t *testing.T) {
+func TestPermissions(t *testing.T) {
 	tests := []struct {
 		permission string
 		denied     []string // operations
@@ -1028,39 +1039,39 @@ func TestFakePermissions(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.permission, func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				g := f.put("o", []byte("x"), nil)
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				g := f.Put("o", []byte("x"), nil)
 				at := storage.Conditions{GenerationMatch: g}
 				all := map[string]func() error{
 					"create": func() error {
-						_, err := uploadObject(t.Context(), m.bucket.Object("n").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+						_, err := uploadObject(t.Context(), m.Bucket.Object("n").If(storage.Conditions{DoesNotExist: true}), nil, nil)
 						return err
 					},
 					"update": func() error {
-						_, err := m.bucket.Object("o").If(at).Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "v"}})
+						_, err := m.Bucket.Object("o").If(at).Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "v"}})
 						return err
 					},
-					"attrs": func() error { _, err := m.bucket.Object("o").Attrs(t.Context()); return err },
-					"read":  func() error { _, err := downloadObject(t.Context(), m.bucket.Object("o")); return err },
-					"list":  func() error { _, err := m.bucket.Objects(t.Context(), nil).Next(); return err },
+					"attrs": func() error { _, err := m.Bucket.Object("o").Attrs(t.Context()); return err },
+					"read":  func() error { _, err := downloadObject(t.Context(), m.Bucket.Object("o")); return err },
+					"list":  func() error { _, err := m.Bucket.Objects(t.Context(), nil).Next(); return err },
 					"bucket": func() error {
-						_, err := m.bucket.Attrs(t.Context())
+						_, err := m.Bucket.Attrs(t.Context())
 						return err
 					},
 					"overwrite": func() error {
-						_, err := uploadObject(t.Context(), m.bucket.Object("p").If(storage.Conditions{GenerationMatch: f.put("p", nil, nil)}), nil, nil)
+						_, err := uploadObject(t.Context(), m.Bucket.Object("p").If(storage.Conditions{GenerationMatch: f.Put("p", nil, nil)}), nil, nil)
 						return err
 					},
 					"delete": func() error {
-						return m.bucket.Object("q").If(storage.Conditions{GenerationMatch: f.put("q", nil, nil)}).Delete(t.Context())
+						return m.Bucket.Object("q").If(storage.Conditions{GenerationMatch: f.Put("q", nil, nil)}).Delete(t.Context())
 					},
 				}
 				asked := []string{tt.permission, "storage.objects.restore"}
-				granted, err := m.bucket.IAM().TestPermissions(t.Context(), asked)
+				granted, err := m.Bucket.IAM().TestPermissions(t.Context(), asked)
 				require.NoError(t, err)
 				require.Equal(t, asked, granted)
 
-				f.deny(tt.permission)
+				f.Deny(tt.permission)
 				for name, op := range all {
 					err := op()
 					if !slices.Contains(tt.denied, name) {
@@ -1070,12 +1081,12 @@ func TestFakePermissions(t *testing.T) {
 					require.Equal(t, http.StatusForbidden, httpStatus(err), name)
 					require.ErrorContains(t, err, tt.permission, name)
 				}
-				granted, err = m.bucket.IAM().TestPermissions(t.Context(), asked)
+				granted, err = m.Bucket.IAM().TestPermissions(t.Context(), asked)
 				require.NoError(t, err)
 				require.Equal(t, asked[1:], granted)
 
-				f.remove("n")
-				f.allow(tt.permission)
+				f.Remove("n")
+				f.Allow(tt.permission)
 				for name, op := range all {
 					if name == "update" && !slices.Contains(tt.denied, name) {
 						time.Sleep(time.Second)
@@ -1086,30 +1097,30 @@ func TestFakePermissions(t *testing.T) {
 		})
 	}
 	t.Run("none", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.deny("storage.objects.update")
-			granted, err := m.bucket.IAM().TestPermissions(t.Context(), []string{"storage.objects.update"})
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.Deny("storage.objects.update")
+			granted, err := m.Bucket.IAM().TestPermissions(t.Context(), []string{"storage.objects.update"})
 			require.NoError(t, err)
 			require.Empty(t, granted)
 		})
 	})
 	t.Run("not answered", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			for _, code := range []int{404, 501} {
-				f.answerPermissions(code)
+				f.AnswerPermissions(code)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-				_, err := m.bucket.IAM().TestPermissions(ctx, []string{"storage.objects.update"})
+				_, err := m.Bucket.IAM().TestPermissions(ctx, []string{"storage.objects.update"})
 				cancel()
 				require.Equal(t, code, httpStatus(err), "%v", err)
 			}
 			// The client takes 501 for a passing trouble.
-			require.Greater(t, len(f.log()), 3)
+			require.Greater(t, len(f.Log()), 3)
 		})
 	})
 	t.Run("retention policy", func(t *testing.T) {
-		bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-			f.retain(true)
-			o := m.bucket.Object("o")
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.Retain(true)
+			o := m.Bucket.Object("o")
 			attrs := mustUpload(t, o.If(storage.Conditions{DoesNotExist: true}), "x", nil)
 			at := o.If(storage.Conditions{GenerationMatch: attrs.Generation})
 			_, err := at.Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "v"}})
@@ -1125,155 +1136,164 @@ func TestFakePermissions(t *testing.T) {
 	})
 }
 
-func TestFakeViolations(t *testing.T) {
-	complete := func(f *fakeGCS, marker string) (generation int64) {
+func TestViolations(t *testing.T) {
+	complete := func(f *Server, marker string) (generation int64) {
 		metadata := map[string]string{}
 		if marker != "" {
 			metadata[marker] = "x"
 		}
-		f.put("m/@v/v1.info", nil, nil)
-		f.put("m/@v/v1.mod", nil, metadata)
-		return f.put("m/@v/v1.zip", nil, nil)
+		f.Put("m/@v/v1.info", nil, nil)
+		f.Put("m/@v/v1.mod", nil, metadata)
+		return f.Put("m/@v/v1.zip", nil, nil)
 	}
 	tests := []struct {
 		name string
 		want int
-		do   func(t *testing.T, f *fakeGCS, m *machine) error
+		do   func(t *testing.T, f *Server, m *Machine) error
 	}{
-		{"upload", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			_, err := uploadObject(t.Context(), m.bucket.Object("o"), nil, nil)
+		{"upload", 1, func(t *testing.T, f *Server, m *Machine) error {
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o"), nil, nil)
 			return err
 		}},
-		{"resumable upload", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			_, err := uploadObject(t.Context(), m.bucket.Object("o"), make([]byte, 300<<10), nil)
+		{"resumable upload", 1, func(t *testing.T, f *Server, m *Machine) error {
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o"), make([]byte, 300<<10), nil)
 			return err
 		}},
-		{"update", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			f.put("o", nil, nil)
-			_, err := m.bucket.Object("o").Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
+		{"update", 1, func(t *testing.T, f *Server, m *Machine) error {
+			f.Put("o", nil, nil)
+			_, err := m.Bucket.Object("o").Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
 			return err
 		}},
-		{"delete", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			f.put("o", nil, nil)
-			return m.bucket.Object("o").Delete(t.Context())
+		{"delete", 1, func(t *testing.T, f *Server, m *Machine) error {
+			f.Put("o", nil, nil)
+			return m.Bucket.Object("o").Delete(t.Context())
 		}},
-		{"delete under a metageneration only", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			f.put("o", nil, nil)
-			return m.bucket.Object("o").If(storage.Conditions{MetagenerationMatch: 1}).Delete(t.Context())
+		{"delete under a metageneration only", 1, func(t *testing.T, f *Server, m *Machine) error {
+			f.Put("o", nil, nil)
+			return m.Bucket.Object("o").If(storage.Conditions{MetagenerationMatch: 1}).Delete(t.Context())
 		}},
-		{"update under a metageneration", 0, func(t *testing.T, f *fakeGCS, m *machine) error {
-			f.put("o", nil, nil)
-			_, err := m.bucket.Object("o").If(storage.Conditions{MetagenerationMatch: 1}).Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
+		{"update under a metageneration", 0, func(t *testing.T, f *Server, m *Machine) error {
+			f.Put("o", nil, nil)
+			_, err := m.Bucket.Object("o").If(storage.Conditions{MetagenerationMatch: 1}).Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
 			return err
 		}},
-		{"write over a complete version", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
+		{"write over a complete version", 1, func(t *testing.T, f *Server, m *Machine) error {
 			g := complete(f, "")
-			_, err := uploadObject(t.Context(), m.bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
+			_, err := uploadObject(t.Context(), m.Bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
 			return err
 		}},
-		{"write to one in progress", 0, func(t *testing.T, f *fakeGCS, m *machine) error {
+		{"write to one in progress", 0, func(t *testing.T, f *Server, m *Machine) error {
 			g := complete(f, "in-progress")
-			_, err := uploadObject(t.Context(), m.bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
+			_, err := uploadObject(t.Context(), m.Bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
 			return err
 		}},
-		{"write to one long in progress", 0, func(t *testing.T, f *fakeGCS, m *machine) error {
+		{"write to one long in progress", 0, func(t *testing.T, f *Server, m *Machine) error {
 			g := complete(f, "in_progress")
-			_, err := uploadObject(t.Context(), m.bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
+			_, err := uploadObject(t.Context(), m.Bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
 			return err
 		}},
-		{"write to a partial one", 0, func(t *testing.T, f *fakeGCS, m *machine) error {
+		{"write to a partial one", 0, func(t *testing.T, f *Server, m *Machine) error {
 			g := complete(f, "")
-			f.remove("m/@v/v1.info")
-			_, err := uploadObject(t.Context(), m.bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
+			f.Remove("m/@v/v1.info")
+			_, err := uploadObject(t.Context(), m.Bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: g}), nil, nil)
 			return err
 		}},
-		{"update and delete of a complete version", 0, func(t *testing.T, f *fakeGCS, m *machine) error {
-			o := m.bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: complete(f, "")})
+		{"update and delete of a complete version", 0, func(t *testing.T, f *Server, m *Machine) error {
+			o := m.Bucket.Object("m/@v/v1.zip").If(storage.Conditions{GenerationMatch: complete(f, "")})
 			if _, err := o.Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{}}); err != nil {
 				return err
 			}
 			return o.Delete(t.Context())
 		}},
-		{"a list that the fake does not know", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			_, err := m.bucket.Objects(t.Context(), &storage.Query{Delimiter: "/"}).Next()
+		{"a list that the fake does not know", 1, func(t *testing.T, f *Server, m *Machine) error {
+			_, err := m.Bucket.Objects(t.Context(), &storage.Query{Delimiter: "/"}).Next()
 			if err == iterator.Done {
 				err = nil
 			}
 			return err
 		}},
-		{"a request that the fake does not know", 1, func(t *testing.T, f *fakeGCS, m *machine) error {
-			f.put("o", nil, nil)
-			_, err := m.bucket.Object("p").CopierFrom(m.bucket.Object("o")).Run(t.Context())
+		{"a request that the fake does not know", 1, func(t *testing.T, f *Server, m *Machine) error {
+			f.Put("o", nil, nil)
+			_, err := m.Bucket.Object("p").CopierFrom(m.Bucket.Object("o")).Run(t.Context())
 			require.Equal(t, http.StatusBadRequest, httpStatus(err))
 			return nil
 		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, f *fakeGCS, m *machine) {
-				f.tolerate()
+			tolerant(t, func(t *testing.T, f *Server, m *Machine) {
 				require.NoError(t, tt.do(t, f, m))
-				require.Len(t, f.violations(), tt.want)
+				require.Len(t, f.Violations(), tt.want)
 			})
 		})
 	}
 }
 
 // The same over a socket, in real time.
-func TestFakeListens(t *testing.T) {
-	f := newFakeGCS(t)
-	endpoint := listenFake(t, f)
-	m := f.listenClient(t, endpoint, "m")
+func TestListens(t *testing.T) {
+	f := New()
+	server := httptest.NewServer(f.Handler())
+	defer server.Close()
+	defer server.CloseClientConnections()
+	defer f.Close()
+	wire := &http.Transport{}
+	defer wire.CloseIdleConnections()
+	over := func(name string, opts ...option.ClientOption) *Machine {
+		m := f.Register(name)
+		m.Connect(m.Over(wire), append(opts, option.WithEndpoint(server.URL+"/storage/v1/"))...)
+		return m
+	}
+	m := over("m")
 	create := storage.Conditions{DoesNotExist: true}
 	once := storage.WithPolicy(storage.RetryNever)
 
 	large := bytes.Repeat([]byte("0123456789"), 60<<10)
-	_, err := uploadObject(t.Context(), m.bucket.Object("a/b").If(create), large, nil)
+	_, err := uploadObject(t.Context(), m.Bucket.Object("a/b").If(create), large, nil)
 	require.NoError(t, err)
-	for _, m := range []*machine{m, f.listenClient(t, endpoint, "json", storage.WithJSONReads())} {
-		s, err := downloadObject(t.Context(), m.bucket.Object("a/b"))
+	for _, m := range []*Machine{m, over("json", storage.WithJSONReads())} {
+		s, err := downloadObject(t.Context(), m.Bucket.Object("a/b"))
 		require.NoError(t, err)
 		require.Equal(t, string(large), s)
 	}
 	names, _ := listObjects(t, m, nil, 0)
 	require.Equal(t, []string{"a/b"}, names)
-	require.Equal(t, []string{"start", "chunk", "chunk", "chunk", "get", "get", "list"}, ops(f.log()))
-	require.Equal(t, "m", f.log()[0].Machine)
-	require.Equal(t, "json", f.log()[5].Machine)
+	require.Equal(t, []string{"start", "chunk", "chunk", "chunk", "get", "get", "list"}, ops(f.Log()))
+	require.Equal(t, "m", f.Log()[0].Machine)
+	require.Equal(t, "json", f.Log()[5].Machine)
 
 	for i, tt := range []struct {
-		fault   faultKind
+		fault   Fault
 		applied bool
 		want    error
 	}{
-		{refused, false, syscall.ECONNRESET},
-		{lostReset, true, syscall.ECONNRESET},
-		{lostEOF, true, io.EOF},
-		{lostBody, true, io.ErrUnexpectedEOF},
-		{hung, false, context.DeadlineExceeded},
-		{hungApplied, true, context.DeadlineExceeded},
-		{crashBefore, false, context.DeadlineExceeded},
+		{Refused, false, syscall.ECONNRESET},
+		{LostReset, true, syscall.ECONNRESET},
+		{LostEOF, true, io.EOF},
+		{LostBody, true, io.ErrUnexpectedEOF},
+		{Hung, false, context.DeadlineExceeded},
+		{HungApplied, true, context.DeadlineExceeded},
+		{CrashBefore, false, context.DeadlineExceeded},
 	} {
-		f.onRequest(func(*request) faultKind { return tt.fault })
+		f.OnRequest(func(context.Context, *Request) Fault { return tt.fault })
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		if tt.want == context.DeadlineExceeded {
 			cancel()
 			ctx, cancel = context.WithTimeout(t.Context(), 50*time.Millisecond)
 		}
 		name := strconv.Itoa(i)
-		_, err := uploadObject(ctx, m.bucket.Object(name).Retryer(once).If(create), []byte("x"), nil)
+		_, err := uploadObject(ctx, m.Bucket.Object(name).Retryer(once).If(create), []byte("x"), nil)
 		cancel()
 		require.ErrorIs(t, err, tt.want, tt.fault)
-		require.Equal(t, tt.applied, f.get(name) != nil, tt.fault)
+		require.Equal(t, tt.applied, f.Get(name) != nil, tt.fault)
 	}
-	f.onRequest(nil)
+	f.OnRequest(nil)
 
 	// The environment variable of the client library leads there as well.
-	t.Setenv("STORAGE_EMULATOR_HOST", strings.TrimPrefix(endpoint, "http://"))
+	t.Setenv("STORAGE_EMULATOR_HOST", strings.TrimPrefix(server.URL, "http://"))
 	client, err := storage.NewClient(t.Context())
 	require.NoError(t, err)
 	defer client.Close()
-	o := client.Bucket(fakeBucket).Object("env")
+	o := client.Bucket(Bucket).Object("env")
 	_, err = uploadObject(t.Context(), o.If(create), large, nil)
 	require.NoError(t, err)
 	s, err := downloadObject(t.Context(), o)
