@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -448,6 +449,9 @@ func TestReads(t *testing.T) {
 			require.NoError(t, r.Close())
 			require.Equal(t, int64(10), r.Attrs.Size)
 
+			_, err = m.Bucket.Object(name).NewRangeReader(t.Context(), 11, 3)
+			require.Equal(t, http.StatusRequestedRangeNotSatisfiable, httpStatus(err))
+
 			s, err := downloadObject(t.Context(), m.Bucket.Object("empty"))
 			require.NoError(t, err)
 			require.Empty(t, s)
@@ -883,6 +887,147 @@ func TestStray(t *testing.T) {
 		f.Remove("o")
 		f.Land()
 		require.Nil(t, f.Get("o"))
+	})
+}
+
+// A reset need not mean that nothing comes of the request. Strays land one at a
+// time, in any order.
+func TestStrayReset(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.OnRequest(func(context.Context, *Request) Fault { return StrayReset })
+		once := storage.WithPolicy(storage.RetryNever)
+		for _, name := range []string{"o", "p", "q"} {
+			_, err := uploadObject(t.Context(), m.Bucket.Object(name).Retryer(once).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
+			require.ErrorIs(t, err, syscall.ECONNRESET)
+			require.Empty(t, f.Names())
+		}
+		f.LandOne(1)
+		require.Equal(t, []string{"p"}, f.Names())
+		require.Equal(t, []bool{false, true, false}, []bool{f.Log()[0].Applied, f.Log()[1].Applied, f.Log()[2].Applied})
+		var left []string
+		for _, r := range f.Strays() {
+			left = append(left, r.Object)
+		}
+		require.Equal(t, []string{"o", "q"}, left)
+		f.Land()
+		require.Equal(t, []string{"o", "p", "q"}, f.Names())
+		require.Empty(t, f.Strays())
+	})
+}
+
+// A hook may block until the context of its request ends. The request is not
+// applied then, unless the hook sends it astray.
+func TestHooksBlock(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		create := func(name string) error {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			_, err := uploadObject(ctx, m.Bucket.Object(name).If(storage.Conditions{DoesNotExist: true}), []byte("x"), nil)
+			return err
+		}
+		for _, fault := range []Fault{NoFault, LostReset, Stray} {
+			f.OnRequest(func(ctx context.Context, r *Request) Fault {
+				<-ctx.Done()
+				return fault
+			})
+			require.ErrorIs(t, create(fault.String()), context.DeadlineExceeded)
+			require.Empty(t, f.Names())
+		}
+		f.Land()
+		require.Equal(t, []string{"Stray"}, f.Names())
+
+		f.OnRequest(nil)
+		f.OnAnswer(func(ctx context.Context, r *Request) { <-ctx.Done() })
+		require.ErrorIs(t, create("answer"), context.DeadlineExceeded)
+		require.NotNil(t, f.Get("answer"))
+	})
+}
+
+// Whoever sees the answer sees what it says. The log does not keep it.
+func TestAnswers(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		f.Put("o", []byte("content"), nil)
+		var answers []Request
+		f.OnAnswer(func(_ context.Context, r *Request) { answers = append(answers, *r) })
+		_, err := downloadObject(t.Context(), m.Bucket.Object("o"))
+		require.NoError(t, err)
+		_, err = downloadObject(t.Context(), m.Bucket.Object("absent"))
+		require.Error(t, err)
+		listObjects(t, m, nil, 0)
+		require.Equal(t, "content", string(answers[0].Body))
+		require.Equal(t, http.StatusNotFound, answers[1].Status)
+		require.Contains(t, string(answers[2].Body), `"name":"o"`)
+		for _, r := range f.Log() {
+			require.Nil(t, r.Body)
+		}
+	})
+}
+
+// What was handed out stays as it was.
+func TestObjects(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		data, metadata := []byte("x"), map[string]string{"k": "v"}
+		g := f.Put("o", data, metadata)
+		data[0], metadata["k"] = 'y', "w"
+		before, all := f.Get("o"), f.Objects()
+		time.Sleep(time.Second)
+		attrs, err := m.Bucket.Object("o").If(storage.Conditions{GenerationMatch: g}).
+			Update(t.Context(), storage.ObjectAttrsToUpdate{Metadata: map[string]string{"l": "1"}})
+		require.NoError(t, err)
+		f.SetMetadata("o", map[string]string{"m": "2"})
+		f.Put("p", nil, nil)
+		require.Len(t, all, 1)
+		require.Same(t, before, all["o"])
+		require.Equal(t, "x", string(before.Data))
+		require.Equal(t, map[string]string{"k": "v"}, before.Metadata)
+		require.Equal(t, map[string]string{"k": "v", "l": "1"}, attrs.Metadata)
+
+		now := f.Get("o")
+		require.Equal(t, map[string]string{"m": "2"}, now.Metadata)
+		require.Equal(t, int64(3), now.Metageneration)
+		require.Equal(t, g, now.Generation)
+		require.True(t, now.Updated.After(before.Updated))
+		sum := md5.Sum([]byte("x"))
+		require.Equal(t, base64.StdEncoding.EncodeToString(sum[:]), now.MD5)
+		require.Equal(t, sum[:], attrs.MD5)
+
+		f.PutAt("q", nil, nil, time.Unix(7, 0))
+		require.Equal(t, time.Unix(7, 0).UTC(), f.Get("q").Created)
+		require.Equal(t, []string{"o", "p", "q"}, f.Names())
+		f.Remove("absent")
+		f.Remove("p")
+		require.Equal(t, []string{"o", "q"}, f.Names())
+		require.Nil(t, f.Get("p"))
+	})
+}
+
+func TestClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := New()
+		m := f.Machine("m")
+		for _, hold := range []func(){
+			func() { f.OnRequest(func(context.Context, *Request) Fault { return Hung }) },
+			func() { f.OnRequest(nil); m.Pause() },
+			func() { f.SetLatency(time.Hour) },
+		} {
+			hold()
+			go func() {
+				_, err := m.Bucket.Object("o").Attrs(t.Context())
+				require.ErrorIs(t, err, errClosed)
+			}()
+			synctest.Wait()
+		}
+		requests, _ := f.InFlight()
+		require.Equal(t, 3, requests)
+		f.Close()
+		synctest.Wait()
+		requests, _ = f.InFlight()
+		require.Zero(t, requests)
+		m.Resume()
+		f.SetLatency(0)
+		_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(storage.Conditions{DoesNotExist: true}), nil, nil)
+		require.Error(t, err)
+		require.Empty(t, f.Names())
 	})
 }
 
