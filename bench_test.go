@@ -26,7 +26,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -44,7 +43,7 @@ var backends = []struct {
 	name string
 	on   func(*storage.BucketHandle) backend
 }{
-	{"gcs", func(b *storage.BucketHandle) backend { return NewStorage(b) }},
+	{"gcs", func(b *storage.BucketHandle) backend { return newStorage(b) }},
 	{"baseline", func(b *storage.BucketHandle) backend { return baseline{b} }},
 }
 
@@ -151,12 +150,12 @@ func BenchmarkSaveWaits(b *testing.B) {
 			var group sync.WaitGroup
 			group.Go(func() {
 				zip := io.MultiReader(sleepReader(30*time.Second), bytes.NewReader(small.zip))
-				fatal(t, small.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
+				fatal(t, small.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
 				done = time.Now()
 			})
 			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)
 			start := time.Now()
-			err := small.save(t.Context(), NewStorage(f.Machine("b").Bucket))
+			err := small.save(t.Context(), newStorage(f.Machine("b").Bucket))
 			fatal(t, unless(Is(err, KindAlreadyExists), err))
 			end := time.Now()
 			group.Wait()
@@ -333,26 +332,6 @@ func (c traffic) report(b *testing.B) {
 	b.ReportMetric(c.sent, "sent-B/op")
 	b.ReportMetric(c.received, "received-B/op")
 	b.ReportMetric(float64(c.took)/float64(time.Millisecond), "virtual-ms/op")
-}
-
-// inVirtualTime runs f on an empty bucket with a round trip of 20 ms, in a
-// bubble, which only a test can have.
-func inVirtualTime(b *testing.B, run func(t *testing.T, f *fakeGCS) traffic) traffic {
-	b.Helper()
-	var counted traffic
-	all := func(pat, str string) (bool, error) { return true, nil }
-	ok := testing.RunTests(all, []testing.InternalTest{{Name: b.Name(), F: func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			f := newFakeGCS(t)
-			f.tolerate() // the baseline
-			f.SetLatency(20 * time.Millisecond)
-			counted = run(t, f)
-		})
-	}}})
-	if !ok {
-		b.FailNow()
-	}
-	return counted
 }
 
 // storeVersions puts n versions into the bucket, the first with a zip of 100 KiB.

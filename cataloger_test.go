@@ -51,7 +51,7 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 		{"例え.jp/m", "v1.0.0"}, {"z", "v1.0.0"},
 	}
 	for _, v := range complete {
-		listedVersion(f, v.module, v.version)
+		storeVersion(f, v.module, v.version)
 	}
 	for i, exts := range [][]string{{extInfo}, {extMod}, {extZip}, {extInfo, extMod}, {extInfo, extZip}, {extMod, extZip}} {
 		for _, v := range []version{
@@ -64,7 +64,7 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 		}
 	}
 	for _, v := range []version{{"example.com/m", "v1.in.progress"}, {"y", "v1.0.0"}} {
-		listedVersion(f, v.module, v.version)
+		storeVersion(f, v.module, v.version)
 		f.Put(v.object(extMod), nil, marked(now, "a"))
 	}
 	for _, name := range []string{
@@ -112,7 +112,7 @@ func TestCatalogEmpty(t *testing.T) {
 func TestCatalogDefaultPageSize(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for i := range 1001 {
-			listedVersion(f, "m", fmt.Sprintf("v1.%04d.0", i))
+			storeVersion(f, "m", fmt.Sprintf("v1.%04d.0", i))
 		}
 		for _, pageSize := range []int{0, -1} {
 			pages := pagesOf(t, s, pageSize, func() {})
@@ -203,7 +203,7 @@ func TestCatalogTokenElsewhere(t *testing.T) {
 		var got []ModuleVersion
 		token := ""
 		for pageSize := 1; ; pageSize++ {
-			page, next, err := NewStorage(s.bucket).Catalog(t.Context(), token, pageSize)
+			page, next, err := newStorage(s.bucket).Catalog(t.Context(), token, pageSize)
 			require.NoError(t, err)
 			got = append(got, page...)
 			if token = next; token == "" {

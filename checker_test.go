@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -17,95 +16,6 @@ import (
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
-
-// withStorage runs a test in virtual time, with a Storage on a bucket of its own.
-func withStorage(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
-		test(t, f, NewStorage(f.Machine("m").Bucket))
-	})
-}
-
-// behind is a Storage whose requests pass through edit, which may answer itself.
-func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
-	m := f.Register("behind")
-	m.Connect(editTransport{m, edit})
-	return NewStorage(m.Bucket)
-}
-
-type editTransport struct {
-	next http.RoundTripper
-	edit func(*http.Request) *http.Response
-}
-
-func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	r = r.Clone(r.Context())
-	if resp := e.edit(r); resp != nil {
-		if r.Body != nil {
-			r.Body.Close()
-		}
-		resp.Request = r
-		return resp, nil
-	}
-	return e.next.RoundTrip(r)
-}
-
-// listedVersion puts complete versions of empty objects into the bucket.
-func listedVersion(f *fakeGCS, module string, versions ...string) {
-	for _, vers := range versions {
-		for _, ext := range []string{extInfo, extMod, extZip} {
-			f.Put(version{module, vers}.object(ext), nil, nil)
-		}
-	}
-}
-
-// described returns what there is of an object, the zero Object if there is none.
-func described(f *fakeGCS, name string) fakegcs.Object {
-	if o := f.Get(name); o != nil {
-		return *o
-	}
-	return fakegcs.Object{}
-}
-
-// storeFiles puts objects of a version into the bucket as Athens left them.
-func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
-	v := version{module, vers}
-	for _, ext := range exts {
-		f.Put(v.object(ext), []byte(ext+" of "+vers), nil)
-	}
-}
-
-// storeVersion puts a complete version into the bucket.
-func storeVersion(f *fakeGCS, module string, versions ...string) {
-	for _, vers := range versions {
-		storeFiles(f, module, vers, extInfo, extMod, extZip)
-	}
-}
-
-// saveVersion saves a version whose files hold their own names.
-func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
-	return s.Save(ctx, module, vers, []byte("mod of "+vers), strings.NewReader("zip of "+vers), nil, []byte("info of "+vers))
-}
-
-// logged returns the operations of the log, in the order of their arrival.
-func logged(f *fakeGCS) []string {
-	ops := []string{}
-	for _, r := range f.Log() {
-		ops = append(ops, r.Op)
-	}
-	return ops
-}
-
-// requireError checks that err is the package's own, of that kind and about
-// that version.
-func requireError(t *testing.T, err error, kind int, op, module, vers string) {
-	t.Helper()
-	var e *Error
-	require.ErrorAs(t, err, &e)
-	require.Equal(t, Error{op, kind, module, vers, e.Err}, *e)
-	require.Error(t, e.Err)
-}
 
 const ago = -time.Hour // long past any threshold
 
@@ -245,16 +155,6 @@ func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, ok)
 	})
-}
-
-func unfinishedVersion(f *fakeGCS, v version) {
-	for _, ext := range []string{extInfo, extMod, extZip} {
-		metadata := map[string]string{keySaveID: "a"}
-		if ext == extMod {
-			metadata = marked(time.Now().Add(ago), "a")
-		}
-		f.Put(v.object(ext), []byte(ext), metadata)
-	}
 }
 
 // To a caller who may not finish it, an unfinished version does not exist.

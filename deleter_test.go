@@ -106,7 +106,7 @@ func TestDeleteCrashes(t *testing.T) {
 						})
 						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 						defer cancel()
-						err := NewStorage(doomed.Bucket).Delete(ctx, "m", "v1.0.0")
+						err := newStorage(doomed.Bucket).Delete(ctx, "m", "v1.0.0")
 						requireError(t, err, KindGatewayTimeout, "gcs.Delete", "m", "v1.0.0")
 
 						// The second request deletes the .mod.
@@ -151,7 +151,7 @@ func TestDeleteTwice(t *testing.T) {
 				wg.Go(func() { errs[0] = s.Delete(t.Context(), "m", "v1.0.0") })
 				wg.Go(func() {
 					time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-					errs[1] = NewStorage(f.Machine("second").Bucket).Delete(t.Context(), "m", "v1.0.0")
+					errs[1] = newStorage(f.Machine("second").Bucket).Delete(t.Context(), "m", "v1.0.0")
 				})
 				wg.Wait()
 				require.Contains(t, errs, nil)
@@ -185,7 +185,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
 					wg.Go(func() {
 						time.Sleep(time.Until(started))
-						deleteErr = NewStorage(f.Machine("deleter").Bucket).Delete(t.Context(), "m", "v1.0.0")
+						deleteErr = newStorage(f.Machine("deleter").Bucket).Delete(t.Context(), "m", "v1.0.0")
 						deleted = time.Now()
 					})
 					wg.Wait()
@@ -239,7 +239,7 @@ func TestDeleteTakenOver(t *testing.T) {
 func TestDeleteSparesSuccessor(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		saver := NewStorage(f.Machine("saver").Bucket)
+		saver := newStorage(f.Machine("saver").Bucket)
 		var once sync.Once
 		saved := false
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {

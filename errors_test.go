@@ -304,7 +304,7 @@ func TestGRPC(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b, bucket := newGRPCBucket(t)
-				test(t, b, NewStorage(bucket))
+				test(t, b, newStorage(bucket))
 			})
 		})
 	}

@@ -4,28 +4,35 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/api/option"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// fakeGCS is the bucket of a test.
+// fakeGCS is the bucket of a test. It names all objects without testPrefix.
 type fakeGCS struct {
 	*fakegcs.Server
 	tolerant bool
 }
 
 // newFakeGCS returns an empty bucket. The test fails when it ends with
-// violations, unless it called tolerate.
+// violations, unless it called tolerate. A test that fails prints its requests.
 func newFakeGCS(t testing.TB) *fakeGCS {
-	f := &fakeGCS{Server: fakegcs.New()}
+	f, start := &fakeGCS{Server: fakegcs.New()}, time.Now()
 	t.Cleanup(func() {
 		f.Close()
 		if !f.tolerant {
 			for _, v := range f.Violations() {
 				t.Errorf("the save protocol was violated: %s", v)
+			}
+		}
+		if log := f.Log(); t.Failed() {
+			for _, r := range log[:min(len(log), 200)] {
+				t.Log(r.Start.Sub(start), r)
 			}
 		}
 	})
@@ -35,6 +42,38 @@ func newFakeGCS(t testing.TB) *fakeGCS {
 // tolerate lets the test end with violations.
 func (f *fakeGCS) tolerate() { f.tolerant = true }
 
+func (f *fakeGCS) Put(name string, data []byte, metadata map[string]string) (generation int64) {
+	return f.Server.Put(testPrefix+name, data, metadata)
+}
+
+func (f *fakeGCS) PutAt(name string, data []byte, metadata map[string]string, created time.Time) (generation int64) {
+	return f.Server.PutAt(testPrefix+name, data, metadata, created)
+}
+
+func (f *fakeGCS) SetMetadata(name string, metadata map[string]string) {
+	f.Server.SetMetadata(testPrefix+name, metadata)
+}
+
+func (f *fakeGCS) Get(name string) *fakegcs.Object { return f.Server.Get(testPrefix + name) }
+
+func (f *fakeGCS) Remove(name string) { f.Server.Remove(testPrefix + name) }
+
+func (f *fakeGCS) Names() []string {
+	names := f.Server.Names()
+	for i := range names {
+		names[i] = strings.TrimPrefix(names[i], testPrefix)
+	}
+	return names
+}
+
+func (f *fakeGCS) Log() []fakegcs.Request {
+	log := f.Server.Log()
+	for i := range log {
+		log[i].Object = strings.TrimPrefix(log[i].Object, testPrefix)
+	}
+	return log
+}
+
 // onRequest is OnRequest for a hook that does not care for the context; nil ends
 // the hooks.
 func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
@@ -42,12 +81,18 @@ func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 		f.OnRequest(nil)
 		return
 	}
-	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault { return hook(r) })
+	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+		r.Object = strings.TrimPrefix(r.Object, testPrefix)
+		return hook(r)
+	})
 }
 
 // onAnswer is OnAnswer for a hook that does not care for the context.
 func (f *fakeGCS) onAnswer(hook func(*fakegcs.Request)) {
-	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) { hook(r) })
+	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) {
+		r.Object = strings.TrimPrefix(r.Object, testPrefix)
+		hook(r)
+	})
 }
 
 // listen serves the bucket on a loopback port, for tests with real sockets and

@@ -3,11 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"io"
-	"net/http"
-	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -31,7 +27,7 @@ func TestCommitAwaitsRenewal(t *testing.T) {
 		})
 		a := contentOf("a", 100)
 		zip := io.MultiReader(sleepReader(due+time.Second), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
 		requireStored(t, f, a)
 		var patches []fakegcs.Request
 		for _, r := range f.Log() {
@@ -82,11 +78,11 @@ func TestSleeperWakesDuringTakeover(t *testing.T) {
 				})
 				var group sync.WaitGroup
 				group.Go(func() {
-					s := NewStorage(sleeper.Bucket, WithChunkSize(faultChunk))
+					s := newStorage(sleeper.Bucket, WithChunkSize(faultChunk))
 					requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
 				})
 				time.Sleep(time.Second)
-				require.NoError(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)))
+				require.NoError(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)))
 				requireStored(t, f, b)
 				group.Wait()
 				requireStored(t, f, b)
@@ -114,10 +110,10 @@ func TestTakeoverOfCommitted(t *testing.T) {
 		})
 		var group sync.WaitGroup
 		group.Go(func() {
-			require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+			require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 		})
 		time.Sleep(time.Second)
-		s := NewStorage(f.Machine("b").Bucket)
+		s := newStorage(f.Machine("b").Bucket)
 		s.now = func() time.Time { return time.Now().Add(time.Hour) }
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
 		group.Wait()
@@ -140,12 +136,12 @@ func TestLateObjectOfFailedSave(t *testing.T) {
 					}
 					return fakegcs.NoFault
 				})
-				requireKind(t, a.save(ctx, NewStorage(f.Machine("a").Bucket)), KindGatewayTimeout)
+				requireKind(t, a.save(ctx, newStorage(f.Machine("a").Bucket)), KindGatewayTimeout)
 				f.onRequest(nil)
 				f.Land()
 				require.NotNil(t, f.Get(objectName(ext)))
 				time.Sleep(time.Second) // past the limit on writes of one name
-				s := NewStorage(f.Machine("b").Bucket)
+				s := newStorage(f.Machine("b").Bucket)
 				exists, err := s.Exists(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
 				require.False(t, exists)
@@ -171,16 +167,16 @@ func TestLateCreateAfterDelete(t *testing.T) {
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+		require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 		requireStored(t, f, a)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		require.Error(t, NewStorage(f.Machine("d").Bucket).Delete(ctx, testModule, testVersion))
+		require.Error(t, newStorage(f.Machine("d").Bucket).Delete(ctx, testModule, testVersion))
 		f.onRequest(nil)
 		f.Land()
 		require.NotNil(t, f.Get(objectName(extMod)))
 		time.Sleep(DefaultStaleThreshold)
-		s := NewStorage(f.Machine("b").Bucket)
+		s := newStorage(f.Machine("b").Bucket)
 		exists, err := s.Exists(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		require.False(t, exists)
@@ -203,13 +199,13 @@ func TestListingBesideLostCreate(t *testing.T) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {
 				once.Do(func() {
 					time.Sleep(time.Second) // the listing is answered
-					require.NoError(t, NewStorage(f.Machine("d").Bucket).Delete(t.Context(), testModule, testVersion))
+					require.NoError(t, newStorage(f.Machine("d").Bucket).Delete(t.Context(), testModule, testVersion))
 					fault = fakegcs.LostReset
 				})
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+		require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 		requireStored(t, f, a)
 	})
 }
@@ -221,7 +217,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 		t.Run(ext, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
-				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 				requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
 				requireStored(t, f, a)
 			})
@@ -233,44 +229,8 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 // listing, but for the .mod.
 func TestDeleteNeedsTheMod(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket)))
 		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
-}
-
-// missing returns a Storage whose first listing lacks an object.
-func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
-	m := f.Register("missing")
-	m.Connect(&missingOnce{RoundTripper: m, name: objectName(ext)})
-	return NewStorage(m.Bucket)
-}
-
-// missingOnce leaves an object out of the first listing.
-type missingOnce struct {
-	http.RoundTripper
-	name string
-	once sync.Once
-}
-
-func (m *missingOnce) RoundTrip(r *http.Request) (*http.Response, error) {
-	resp, err := m.RoundTripper.RoundTrip(r)
-	if err != nil || r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/o") {
-		return resp, err
-	}
-	m.once.Do(func() {
-		var page map[string]any
-		if err = json.NewDecoder(resp.Body).Decode(&page); err != nil {
-			return
-		}
-		resp.Body.Close()
-		items, _ := page["items"].([]any)
-		page["items"] = slices.DeleteFunc(items, func(item any) bool {
-			return item.(map[string]any)["name"] == m.name
-		})
-		b, _ := json.Marshal(page)
-		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
-		resp.Header.Del("Content-Length")
-	})
-	return resp, err
 }

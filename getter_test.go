@@ -38,9 +38,7 @@ func TestReads(t *testing.T) {
 			objects = append(objects, r.Op+" "+r.Object)
 		}
 		require.Equal(t, []string{"get m/@v/v1.0.0.info", "get m/@v/v1.0.0.mod", "get m/@v/v1.0.0.zip"}, objects)
-		requests, bodies := f.InFlight()
-		require.Zero(t, requests)
-		require.Zero(t, bodies)
+		requireNothingInFlight(t, f)
 	})
 }
 
@@ -86,15 +84,6 @@ var readers = map[string]func(ctx context.Context, s *Storage, module, vers stri
 
 var extOf = map[string]string{"Info": extInfo, "GoMod": extMod, "Zip": extZip}
 
-// forReaders runs a test for each of the readers.
-func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
-	for op := range readers {
-		t.Run(op, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
-		})
-	}
-}
-
 // One object can be missing while the other two are there.
 func TestReadMissing(t *testing.T) {
 	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
@@ -134,7 +123,7 @@ func TestReadErrors(t *testing.T) {
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 
 		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.TooMany })
-		impatient := NewStorage(f.Machine("impatient").Bucket.Retryer(storage.WithMaxAttempts(2)))
+		impatient := newStorage(f.Machine("impatient").Bucket.Retryer(storage.WithMaxAttempts(2)))
 		_, err = read(t.Context(), impatient, "m", "v1.0.0")
 		requireError(t, err, KindRateLimit, "gcs."+op, "m", "v1.0.0")
 		f.onRequest(nil)
@@ -290,7 +279,7 @@ func TestZipClosedEarly(t *testing.T) {
 // A missing bucket holds no object.
 func TestReadMissingBucket(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
+		s := newStorage(f.Machine("lost").Client.Bucket("other"))
 		_, err := s.Info(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})

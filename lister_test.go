@@ -12,15 +12,6 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// requireList checks that List returns these versions in this order.
-func requireList(t *testing.T, s *Storage, module string, want ...string) {
-	t.Helper()
-	got, err := s.List(t.Context(), module)
-	require.NoError(t, err)
-	require.NotNil(t, got)
-	require.Equal(t, append([]string{}, want...), got)
-}
-
 func TestListNeighbours(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		modules := []string{
@@ -79,8 +70,8 @@ func TestListRequests(t *testing.T) {
 						want = append(want, v.version)
 					}
 				}
-				listedVersion(f, "m-other", "v1.0.0")
-				listedVersion(f, "a", "v1.0.0")
+				storeVersion(f, "m-other", "v1.0.0")
+				storeVersion(f, "a", "v1.0.0")
 				requireList(t, s, "m", want...)
 				require.Len(t, f.Log(), max((objects+999)/1000, 1))
 				for _, r := range f.Log() {
@@ -201,7 +192,7 @@ func TestOtherServers(t *testing.T) {
 
 func TestListErrors(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		listedVersion(f, "m", "v1.0.0")
+		storeVersion(f, "m", "v1.0.0")
 
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -234,7 +225,7 @@ func TestListFaults(t *testing.T) {
 				for i := range 700 {
 					want = append(want, fmt.Sprintf("v1.%03d.0", i))
 				}
-				listedVersion(f, "m", want...)
+				storeVersion(f, "m", want...)
 				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N%2 == 0 {
 						return fault
@@ -251,7 +242,7 @@ func TestListFaults(t *testing.T) {
 func TestListIsNarrow(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for i := range 300 {
-			listedVersion(f, "m", fmt.Sprintf("v1.%03d.0", i))
+			storeVersion(f, "m", fmt.Sprintf("v1.%03d.0", i))
 		}
 		_, err := s.List(t.Context(), "m")
 		require.NoError(t, err)

@@ -268,7 +268,7 @@ func TestClose(t *testing.T) {
 		client, err := storage.NewClient(t.Context(), opts...)
 		require.NoError(t, err)
 		defer client.Close()
-		s = NewStorage(client.Bucket(fakegcs.Bucket))
+		s = newStorage(client.Bucket(fakegcs.Bucket))
 		require.NoError(t, s.Close())
 		require.Equal(t, 1, c.closed)
 		useStorage(t, s, 100)

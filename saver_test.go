@@ -12,7 +12,6 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
-	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -21,83 +20,12 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// What most tests save.
-const (
-	testModule  = "example.com/mod"
-	testVersion = "v1.0.0"
-)
-
-// content is what one save stores; every byte of it tells whose it is.
-type content struct{ mod, zip, info []byte }
-
-func contentOf(who string, zipSize int) content {
-	zip := bytes.Repeat([]byte("zip of "+who+"\n"), zipSize/8+1)
-	return content{[]byte("module " + who), zip[:zipSize], []byte(`{"Version":"` + who + `"}`)}
-}
-
-func (c content) save(ctx context.Context, s *Storage) error {
-	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
-}
-
-func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error {
-	sum := md5.Sum(c.zip)
-	return s.Save(ctx, testModule, testVersion, c.mod, zip, sum[:], c.info)
-}
-
-// plain hides all methods of a reader but Read.
-func plain(r io.Reader) io.Reader { return struct{ io.Reader }{r} }
-
-func objectName(ext string) string {
-	return version{testModule, testVersion}.object(ext)
-}
-
-// requireStored checks that the version is complete and of that content only.
-func requireStored(t *testing.T, f *fakeGCS, c content) {
-	t.Helper()
-	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
-		o := f.Get(objectName(ext))
-		require.NotNil(t, o, ext)
-		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", ext, o.Data, want)
-	}
-	require.Empty(t, f.Get(objectName(extMod)).Metadata)
-}
-
-func requireKind(t *testing.T, err error, kind int) {
-	t.Helper()
-	require.Error(t, err)
-	require.Equal(t, kind, Kind(err), "%v", err)
-	var e *Error
-	require.ErrorAs(t, err, &e)
-	require.Equal(t, testModule, e.Module)
-	require.Equal(t, testVersion, e.Version)
-}
-
-// inBubble runs a test on a fake with a round trip of 20 ms of virtual time, and
-// without a change of any object within a second of its last.
-func inBubble(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
-	t.Helper()
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		test(t, f)
-		require.Empty(t, f.RateViolations())
-	})
-}
-
-// inCrowd is inBubble for a test in which several change an object at once.
-func inCrowd(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
-		f.SetLatency(20 * time.Millisecond)
-		test(t, f)
-	})
-}
-
 func TestSaveNew(t *testing.T) {
 	for _, size := range []int{0, 1, 100, blockSize, maxWhole, maxWhole + 1, 3 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a := contentOf("a", size)
-				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), plain(bytes.NewReader(a.zip))))
+				require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), plain(bytes.NewReader(a.zip))))
 				requireStored(t, f, a)
 				require.Len(t, f.Log(), 5)
 				require.Equal(t, 3, fakegcs.SerialTrips(f.Log()))
@@ -111,7 +39,7 @@ func TestSaveNew(t *testing.T) {
 func TestSaveComplete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		s := NewStorage(f.Machine("a").Bucket)
+		s := newStorage(f.Machine("a").Bucket)
 		require.NoError(t, a.save(t.Context(), s))
 		f.ResetLog()
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
@@ -130,11 +58,11 @@ func TestSaveCompleteAtThatMoment(t *testing.T) {
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Machine == "b" && r.Op == "insert" && first {
 				first = false
-				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 			}
 			return fakegcs.NoFault
 		})
-		requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		count := 0
 		for _, r := range f.Log() {
 			if r.Machine == "b" {
@@ -181,7 +109,7 @@ func TestSaveOverLeftovers(t *testing.T) {
 					time.Sleep(2 * time.Second) // or the fake counts a second write within one
 					a := contentOf("a", 100)
 					start := time.Now()
-					err := a.save(t.Context(), NewStorage(f.Machine("a").Bucket))
+					err := a.save(t.Context(), newStorage(f.Machine("a").Bucket))
 					if took := time.Since(start); waits[name] {
 						require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
 						require.Less(t, took, DefaultStaleThreshold+3*time.Second)
@@ -212,10 +140,10 @@ func TestSaveFinishesAnother(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		go a.save(t.Context(), NewStorage(m.Bucket)) // until the test's context ends
+		go a.save(t.Context(), newStorage(m.Bucket)) // until the test's context ends
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		require.InDelta(t, DefaultStaleThreshold.Seconds(), time.Since(start).Seconds(), 3)
 		requireStored(t, f, a)
 	})
@@ -231,12 +159,12 @@ func TestSaveWaits(t *testing.T) {
 				var group sync.WaitGroup
 				group.Go(func() {
 					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(a.zip))
-					require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
+					require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
 					done = time.Now()
 				})
 				time.Sleep(50 * time.Millisecond)
 				start := time.Now()
-				requireKind(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+				requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 				group.Wait()
 				requireStored(t, f, a)
 				waited, late := done.Sub(start), time.Since(done)
@@ -272,11 +200,11 @@ func TestSaveTakesOverFromFailed(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(10*time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
-			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip), KindUnexpected)
+			requireKind(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip), KindUnexpected)
 		})
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		require.NoError(t, b.save(t.Context(), NewStorage(f.Machine("b").Bucket)))
+		require.NoError(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)))
 		require.Less(t, time.Since(start), 13*time.Second)
 		group.Wait()
 		requireStored(t, f, b)
@@ -291,7 +219,7 @@ func TestSaveSlowZip(t *testing.T) {
 		a := contentOf("a", 100)
 		// The last renewal is under way when the zip is done.
 		zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
 		requireStored(t, f, a)
 		patches := 0
 		for _, r := range f.Log() {
@@ -313,7 +241,7 @@ func TestSaveContention(t *testing.T) {
 				var group sync.WaitGroup
 				for i := range n {
 					c := contentOf(fmt.Sprint(i), 100*i)
-					s := NewStorage(f.Machine(fmt.Sprint(i)).Bucket)
+					s := newStorage(f.Machine(fmt.Sprint(i)).Bucket)
 					group.Go(func() {
 						err := c.save(t.Context(), s)
 						if err == nil {
@@ -348,7 +276,7 @@ func TestSaveMutuallyStale(t *testing.T) {
 		var group sync.WaitGroup
 		for i, skew := range []time.Duration{time.Hour, -time.Hour} {
 			c := contentOf(fmt.Sprint(i), 700<<10)
-			s := NewStorage(f.Machine(fmt.Sprint(i)).Bucket, WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
+			s := newStorage(f.Machine(fmt.Sprint(i)).Bucket, WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
 			s.now = func() time.Time { return time.Now().Add(skew) }
 			group.Go(func() {
 				time.Sleep(time.Duration(i) * time.Second)
@@ -376,7 +304,7 @@ func TestSaveReaderFails(t *testing.T) {
 			t.Run(fmt.Sprintf("%v after %d", err, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a, b := contentOf("a", size), contentOf("b", 100)
-					s := NewStorage(f.Machine("a").Bucket)
+					s := newStorage(f.Machine("a").Bucket)
 					got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
 					requireKind(t, got, KindUnexpected)
 					require.ErrorIs(t, got, err)
@@ -413,7 +341,7 @@ func TestSaveMD5(t *testing.T) {
 			t.Run(fmt.Sprintf("%s of %d", test.name, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a := contentOf("a", size)
-					s := NewStorage(f.Machine("a").Bucket)
+					s := newStorage(f.Machine("a").Bucket)
 					err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
 					if !test.ok {
 						requireKind(t, err, KindBadRequest)
@@ -455,7 +383,7 @@ func TestSaveContextEnds(t *testing.T) {
 							time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() })
 							return fault
 						})
-						err := a.save(ctx, NewStorage(f.Machine("a").Bucket))
+						err := a.save(ctx, newStorage(f.Machine("a").Bucket))
 						if ctx.Err() == nil {
 							require.NoError(t, err) // there is no request n
 							return
@@ -471,7 +399,7 @@ func TestSaveContextEnds(t *testing.T) {
 						f.onRequest(nil)
 						time.Sleep(time.Second)
 						start := time.Now()
-						next := b.save(t.Context(), NewStorage(f.Machine("b").Bucket))
+						next := b.save(t.Context(), newStorage(f.Machine("b").Bucket))
 						require.Less(t, time.Since(start), time.Second)
 						if err == nil || next != nil {
 							requireKind(t, next, KindAlreadyExists)
@@ -491,7 +419,7 @@ func TestSaveDeadline(t *testing.T) {
 		f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		err := contentOf("a", 1).save(ctx, NewStorage(f.Machine("a").Bucket))
+		err := contentOf("a", 1).save(ctx, newStorage(f.Machine("a").Bucket))
 		requireKind(t, err, KindGatewayTimeout)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 	})
@@ -517,7 +445,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 					})
 					var group sync.WaitGroup
 					group.Go(func() {
-						err := a.saveFrom(t.Context(), NewStorage(sleeper.Bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
+						err := a.saveFrom(t.Context(), newStorage(sleeper.Bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
 						if slept {
 							requireKind(t, err, KindAlreadyExists)
 						} else {
@@ -525,7 +453,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 						}
 					})
 					time.Sleep(time.Second)
-					err := b.save(t.Context(), NewStorage(f.Machine("b").Bucket))
+					err := b.save(t.Context(), newStorage(f.Machine("b").Bucket))
 					if !slept { // there is no such request for a zip of this size
 						requireKind(t, err, KindAlreadyExists)
 						return
@@ -557,7 +485,7 @@ func TestSaveLateObject(t *testing.T) {
 						}
 						return fakegcs.NoFault
 					})
-					require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+					require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 					requireStored(t, f, a)
 				})
 			})
@@ -576,7 +504,7 @@ func TestSaveLateObjectUnseekable(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		s := NewStorage(f.Machine("a").Bucket, WithChunkSize(256<<10))
+		s := newStorage(f.Machine("a").Bucket, WithChunkSize(256<<10))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		time.Sleep(time.Second)
 		require.NoError(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))))
@@ -599,7 +527,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
 			case r.Machine == "a" && r.Op == "list" && tookOver:
 				tookOver = false
-				s := NewStorage(f.Machine("b").Bucket)
+				s := newStorage(f.Machine("b").Bucket)
 				s.now = func() time.Time { return time.Now().Add(time.Hour) }
 				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
 				time.Sleep(2 * time.Second)
@@ -611,7 +539,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 				tookOver = true
 			}
 		})
-		requireKind(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)), KindAlreadyExists)
 		require.NoError(t, <-committed)
 		requireStored(t, f, b)
 	})
@@ -628,7 +556,7 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 					}
 					return fakegcs.NoFault
 				})
-				err := contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket))
+				err := contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket))
 				requireKind(t, err, KindUnexpected)
 				require.True(t, isRefused(err))
 				require.Less(t, len(f.Log()), 40)
@@ -644,7 +572,7 @@ func TestSavePermissions(t *testing.T) {
 		t.Run(permission, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				f.Deny(permission)
-				err := contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket))
+				err := contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket))
 				requireKind(t, err, KindUnexpected)
 				require.ErrorContains(t, err, permission)
 				require.ErrorContains(t, err, "roles/storage.objectUser")
@@ -667,7 +595,7 @@ func TestSaveRetriesEnd(t *testing.T) {
 						return fakegcs.NoFault
 					})
 					start := time.Now()
-					requireKind(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket)), kind)
+					requireKind(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket)), kind)
 					require.Less(t, time.Since(start), 3*retryLimit)
 				})
 			})
@@ -686,12 +614,12 @@ func TestSaveDeleted(t *testing.T) {
 					if r.Machine == "a" && r.MachineN == n && once {
 						once = false
 						time.Sleep(time.Second)
-						err := NewStorage(f.Machine("b").Bucket).Delete(t.Context(), testModule, testVersion)
+						err := newStorage(f.Machine("b").Bucket).Delete(t.Context(), testModule, testVersion)
 						require.True(t, err == nil || Is(err, KindNotFound))
 					}
 					return fakegcs.NoFault
 				})
-				require.NoError(t, a.save(t.Context(), NewStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
 				requireStored(t, f, a)
 			})
 		})
@@ -703,7 +631,7 @@ func TestSaveHealsAndSaysSo(t *testing.T) {
 		f.Put(objectName(extMod), []byte("poisoned"), nil)
 		time.Sleep(time.Second)
 		var log strings.Builder
-		require.NoError(t, contentOf("a", 100).save(t.Context(), NewStorage(f.Machine("a").Bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
 		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }

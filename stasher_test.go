@@ -129,7 +129,7 @@ type replica struct {
 
 func newReplica(f *fakeGCS, o *origin, name string, opts ...Option) replica {
 	m := f.Machine(name)
-	s := NewStorage(m.Bucket, opts...)
+	s := newStorage(m.Bucket, opts...)
 	return replica{m, s, s.SingleFlight(o.stasher(s))}
 }
 
@@ -141,67 +141,6 @@ func newFleet(f *fakeGCS, o *origin, n int, opts ...Option) []replica {
 	return fleet
 }
 
-// inFleet runs a test in which nobody crashes, so that no lock and no request
-// is left at its end.
-func inFleet(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
-	t.Helper()
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		test(t, f)
-		synctest.Wait()
-		require.Empty(t, locks(f))
-		requests, bodies := f.InFlight()
-		require.Zero(t, requests)
-		require.Zero(t, bodies)
-	})
-}
-
-func locks(f *fakeGCS) (names []string) {
-	for _, name := range f.Names() {
-		if strings.HasSuffix(name, ".lock") {
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// requireComplete checks that a version is complete, and of one save.
-func requireComplete(t *testing.T, f *fakeGCS, module, vers string) {
-	t.Helper()
-	v, c := version{module, vers}, contentOf(vers, 100)
-	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
-		o := f.Get(v.object(ext))
-		require.NotNil(t, o, v.object(ext))
-		require.Equal(t, string(want), string(o.Data))
-	}
-	require.Empty(t, f.Get(v.object(extMod)).Metadata)
-}
-
-// syncedLog is a log that several machines write to.
-type syncedLog struct {
-	mu sync.Mutex
-	strings.Builder
-}
-
-func (l *syncedLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.Builder.Write(p)
-}
-
-func (l *syncedLog) option() Option { return WithLogger(slog.New(slog.NewTextHandler(l, nil))) }
-
-// lines returns the lines at that level.
-func (l *syncedLog) lines(level slog.Level) (lines []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range strings.Lines(l.String()) {
-		if strings.Contains(line, "level="+level.String()+" ") {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
 type contextKey struct{}
 
 func TestSingleFlightShares(t *testing.T) {
@@ -209,7 +148,7 @@ func TestSingleFlightShares(t *testing.T) {
 		t.Run(vers, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				s := NewStorage(f.Machine("a").Bucket)
+				s := newStorage(f.Machine("a").Bucket)
 				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					calls++
 					require.Equal(t, testModule, module)
@@ -240,7 +179,7 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var mu sync.Mutex
 		calls := map[string]int{}
-		s := NewStorage(f.Machine("a").Bucket)
+		s := newStorage(f.Machine("a").Bucket)
 		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -315,7 +254,7 @@ func TestSingleFlightLastLeaves(t *testing.T) {
 				var told time.Duration
 				calls := 0
 				start := time.Now()
-				stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+				stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					if calls++; calls == 2 {
 						return v, nil
 					}
@@ -459,7 +398,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 				group.Go(func() {
 					zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
 					c := contentOf(testVersion, 100)
-					NewStorage(saver.Bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
+					newStorage(saver.Bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
 				})
 				time.Sleep(time.Second)
 				if test.crash {
@@ -493,7 +432,7 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 				group.Go(func() {
 					c := contentOf(testVersion, 100)
 					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
-					require.NoError(t, c.saveFrom(t.Context(), NewStorage(f.Machine("saver").Bucket), zip))
+					require.NoError(t, c.saveFrom(t.Context(), newStorage(f.Machine("saver").Bucket), zip))
 				})
 				time.Sleep(time.Second)
 			}
@@ -545,7 +484,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(test.name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "", test.err
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -603,7 +542,7 @@ func TestSingleFlightErrors(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "beside", want
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -626,7 +565,7 @@ func (nilError) Error() string { return "failed" }
 // A version beside an error that names none is the resolved one.
 func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			return pseudoVersion, athensLike{Op: "a", Kind: KindAlreadyExists, Err: io.EOF}
 		}))
 		saved, err := stasher.Stash(t.Context(), testModule, "master")
@@ -639,7 +578,7 @@ func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 // now or later.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			runtime.Goexit()
 			return "", nil
 		}))
@@ -664,7 +603,7 @@ func TestSingleFlightQueries(t *testing.T) {
 		t.Run(query, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				stasher := NewStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+				stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 					calls++
 					time.Sleep(time.Second)
 					return testVersion, nil
@@ -1008,7 +947,7 @@ func TestSingleFlightStaleLock(t *testing.T) {
 // A lock is no part of a version, to whomever.
 func TestLockIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s := NewStorage(f.Machine("a").Bucket)
+		s := newStorage(f.Machine("a").Bucket)
 		fresh := func(v version) { f.Put(v.object(extLock), nil, marked(time.Now(), "other")) }
 		fresh(version{testModule, "v0.9.0"}) // a version that is being fetched
 		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
@@ -1065,7 +1004,7 @@ func TestLockIsSwept(t *testing.T) {
 				t.Run(fmt.Sprintf("%s fresh %v denied %v", test.name, fresh, denied), func(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						log := &syncedLog{}
-						s := NewStorage(f.Machine("a").Bucket, log.option())
+						s := newStorage(f.Machine("a").Bucket, log.option())
 						if test.complete {
 							require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
 						}
@@ -1164,7 +1103,7 @@ func TestSingleFlightNoCreate(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.create")
-		s := NewStorage(f.Machine("a").Bucket, log.option())
+		s := newStorage(f.Machine("a").Bucket, log.option())
 		var calls atomic.Int32
 		stasher := s.SingleFlight(stashFunc(func(_ context.Context, _, vers string) (string, error) {
 			calls.Add(1)
@@ -1385,7 +1324,7 @@ func TestSingleFlightCost(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				o := &origin{resolve: map[string]string{"master": pseudoVersion}}
-				s := NewStorage(f.Machine("a").Bucket)
+				s := newStorage(f.Machine("a").Bucket)
 				test.prepare(f, s)
 				var before, after int
 				next := o.stasher(s)

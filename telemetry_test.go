@@ -99,19 +99,6 @@ func (w watcher) waited() float64 { return w.measure("gcs.saves.waited", "s")[""
 
 func (w watcher) renewalsFailed() float64 { return w.measure("gcs.renewals.failed", "{renewal}")[""] }
 
-// leave makes leftovers of a version, each as a save of that id would, and lets a
-// second pass, before which GCS would take no other.
-func leave(f *fakeGCS, mark map[string]string, exts ...string) {
-	for _, ext := range exts {
-		if ext == extMod {
-			f.Put(objectName(ext), nil, mark)
-		} else {
-			f.Put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
-		}
-	}
-	time.Sleep(time.Second)
-}
-
 func TestSpans(t *testing.T) {
 	broken := errors.New("broken")
 	stored := func(t *testing.T, f *fakeGCS, s *Storage) {
@@ -230,7 +217,7 @@ func TestSpans(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
-				s := NewStorage(f.Machine("a").Bucket)
+				s := newStorage(f.Machine("a").Bucket)
 				if test.prepare != nil {
 					test.prepare(t, f, s)
 					w.spans()
@@ -309,7 +296,7 @@ func TestSpansOfSharedStash(t *testing.T) {
 func TestSavesByOutcome(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
-		s := NewStorage(f.Machine("a").Bucket)
+		s := newStorage(f.Machine("a").Bucket)
 		require.Empty(t, w.saves())
 		a := contentOf("a", 100)
 		want := map[string]float64{}
@@ -351,7 +338,7 @@ func TestSecondsWaited(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
 		a := contentOf("a", 100)
-		s := NewStorage(f.Machine("a").Bucket)
+		s := newStorage(f.Machine("a").Bucket)
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(a.zip))
@@ -359,7 +346,7 @@ func TestSecondsWaited(t *testing.T) {
 		})
 		time.Sleep(time.Second)
 		require.Zero(t, w.waited())
-		requireKind(t, a.save(t.Context(), NewStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
 		group.Wait()
 		once := w.waited()
 		require.InDelta(t, 19, once, 2)
@@ -405,7 +392,7 @@ func TestRenewalsFailed(t *testing.T) {
 				})
 				a := contentOf("a", 100)
 				zip := io.MultiReader(sleepReader(110*time.Second), bytes.NewReader(a.zip))
-				require.NoError(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket), zip))
+				require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
 				requireStored(t, f, a)
 				require.Equal(t, test.want, w.renewalsFailed())
 			})
@@ -423,10 +410,10 @@ func TestFencedIsLogged(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
-			requireKind(t, a.saveFrom(t.Context(), NewStorage(f.Machine("a").Bucket, log.option()), zip), KindAlreadyExists)
+			requireKind(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket, log.option()), zip), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)
-		fast := NewStorage(f.Machine("b").Bucket)
+		fast := newStorage(f.Machine("b").Bucket)
 		fast.now = func() time.Time { return time.Now().Add(time.Hour) }
 		require.NoError(t, b.save(t.Context(), fast))
 		group.Wait()
@@ -444,7 +431,7 @@ func TestStuckMarkerIsLogged(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.update")
-		s := NewStorage(f.Machine("a").Bucket, log.option())
+		s := newStorage(f.Machine("a").Bucket, log.option())
 		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "could not give a marker up")
@@ -486,7 +473,7 @@ func TestHealedIsLogged(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				test.prepare(f)
 				log := &syncedLog{}
-				require.NoError(t, test.call(t.Context(), NewStorage(f.Machine("a").Bucket, log.option())))
+				require.NoError(t, test.call(t.Context(), newStorage(f.Machine("a").Bucket, log.option())))
 				require.Contains(t, log.String(), test.message)
 				require.Len(t, log.lines(slog.LevelInfo), 1)
 				require.Empty(t, log.lines(slog.LevelWarn))
@@ -495,17 +482,13 @@ func TestHealedIsLogged(t *testing.T) {
 	}
 }
 
-func leaveUnfinished(f *fakeGCS) {
-	leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
-}
-
 // Where nothing is out of order, nothing is logged, at any level.
 func TestNothingIsLogged(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		a := contentOf("a", 100)
-		s := NewStorage(f.Machine("a").Bucket, option)
+		s := newStorage(f.Machine("a").Bucket, option)
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
@@ -539,7 +522,7 @@ func TestNothingIsLogged(t *testing.T) {
 
 // What is told to nobody costs next to nothing.
 func TestSilenceIsCheap(t *testing.T) {
-	s := NewStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
+	s := newStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
 	v := version{testModule, testVersion}
 	ctx := context.Background()
 	allocs := testing.AllocsPerRun(1000, func() {

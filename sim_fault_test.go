@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -116,17 +115,12 @@ type ending struct {
 // play makes the call, with a fault at one of its requests (see cutAt).
 func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end ending, took time.Duration, names []string) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		f, start := newFakeGCS(t), time.Now()
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		defer func() {
 			if t.Failed() {
 				t.Logf("%s, %v at %s", sc.name, fault, at)
-				for _, r := range f.Log() {
-					t.Log(r.Start.Sub(start), r)
-				}
 			}
 		}()
-		f.SetLatency(20 * time.Millisecond)
 		old, a := contentOf("old", 50), contentOf("a", sc.size)
 		sc.found(f, old)
 
@@ -147,7 +141,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			fired = true
 			return fault
 		})
-		s := NewStorage(f.Machine("a").Bucket, WithChunkSize(faultChunk))
+		s := newStorage(f.Machine("a").Bucket, WithChunkSize(faultChunk))
 		began := time.Now()
 		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
 		took, names, end.kind = time.Since(began), cutAt(f.Log(), "a"), Kind(err)
@@ -163,16 +157,14 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			}
 		}
 		began = time.Now()
-		err = contentOf("b", 10).save(t.Context(), NewStorage(f.Machine("b").Bucket))
+		err = contentOf("b", 10).save(t.Context(), newStorage(f.Machine("b").Bucket))
 		if end.winner != "" {
 			requireKind(t, err, KindAlreadyExists)
 		} else {
 			require.NoError(t, err)
 		}
 		require.Less(t, time.Since(began), time.Second)
-		requests, bodies := f.InFlight()
-		require.Zero(t, requests)
-		require.Zero(t, bodies)
+		requireNothingInFlight(t, f)
 	})
 	return end, took, names
 }

@@ -188,7 +188,7 @@ type stormMachine struct {
 func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts ...Option) *stormMachine {
 	m := &stormMachine{storm: w, Machine: w.f.Register(name)}
 	m.Connect(shortPages{m.Machine, pageSize})
-	m.s = NewStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
+	m.s = newStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
 	m.s.now = func() time.Time { return time.Now().Add(skew) }
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	w.mu.Lock()
@@ -482,7 +482,7 @@ func (w *storm) inspect() {
 	objects := w.f.Objects()
 	for _, vers := range w.versions {
 		v := version{stormModule, vers}
-		info, mod, zip := objects[v.object(extInfo)], objects[v.object(extMod)], objects[v.object(extZip)]
+		info, mod, zip := objects[testPrefix+v.object(extInfo)], objects[testPrefix+v.object(extMod)], objects[testPrefix+v.object(extZip)]
 		if mod == nil {
 			delete(w.lives, vers)
 			continue

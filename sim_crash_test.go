@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -90,17 +89,12 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 	for _, c := range cuts {
 		what += fmt.Sprintf(", %v", c)
 	}
-	synctest.Test(t, func(t *testing.T) {
-		f, start := newFakeGCS(t), time.Now()
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		defer func() {
 			if t.Failed() {
 				t.Log(what)
-				for _, r := range f.Log() {
-					t.Log(r.Start.Sub(start), r)
-				}
 			}
 		}()
-		f.SetLatency(20 * time.Millisecond)
 		sc.found(f)
 		stored := map[string]content{"old": contentOf("old", 50)}
 		began := time.Now()
@@ -119,7 +113,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		last := cuts[len(cuts)-1]
 
 		// A version without its .mod does not exist, whatever else a delete left.
-		s := NewStorage(f.Machine("s").Bucket, WithStaleThreshold(crashThreshold))
+		s := newStorage(f.Machine("s").Bucket, WithStaleThreshold(crashThreshold))
 		if f.Get(objectName(extMod)) == nil {
 			exists, err := s.Exists(t.Context(), testModule, testVersion)
 			require.NoError(t, err)
@@ -140,7 +134,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 			require.NotEqual(t, "s", winner)
 		}
 		began = time.Now()
-		s = NewStorage(f.Machine("t").Bucket, WithStaleThreshold(crashThreshold))
+		s = newStorage(f.Machine("t").Bucket, WithStaleThreshold(crashThreshold))
 		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
 		require.Less(t, time.Since(began), time.Second)
 		exists, err := s.Exists(t.Context(), testModule, testVersion)
@@ -184,7 +178,7 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 		}
 		return at.kind
 	})
-	go func() { returned <- call(ctx, NewStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
+	go func() { returned <- call(ctx, newStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
 	select {
 	case <-crashed: // the call goes on until the test ends, but is not heard
 	case err := <-returned:

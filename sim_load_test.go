@@ -12,7 +12,6 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -113,8 +112,7 @@ func nothingInFlight(f *fakeGCS) bool {
 // A hundred callers on eight machines save two hundred versions. The bubble
 // proves that no goroutine is left behind.
 func TestLoad(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
+	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 		f.onRequest(func(*fakegcs.Request) fakegcs.Fault {
 			time.Sleep(rand.N(60 * time.Millisecond))
 			return fakegcs.NoFault
@@ -122,7 +120,7 @@ func TestLoad(t *testing.T) {
 		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
 		var stores []*Storage
 		for i := range l.machines {
-			stores = append(stores, NewStorage(f.Machine(fmt.Sprint(i)).Bucket))
+			stores = append(stores, newStorage(f.Machine(fmt.Sprint(i)).Bucket))
 		}
 		failed := l.run(t, f, stores)
 		require.NotEmpty(t, failed)
@@ -143,7 +141,7 @@ func TestLoadOverSockets(t *testing.T) {
 		name := fmt.Sprint(i)
 		wire := &http.Transport{DialContext: conns.dial}
 		wires = append(wires, wire)
-		stores = append(stores, NewStorage(f.over(t, endpoint, name, wire).Bucket))
+		stores = append(stores, newStorage(f.over(t, endpoint, name, wire).Bucket))
 	}
 	requireUploads(t, f, l.run(t, f, stores))
 	// What is still open is idle, or it would not be closed.

@@ -1,0 +1,351 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// testPrefix is below which all tests put their objects. Tests name objects without
+// it; fakeGCS and newStorage add it.
+var testPrefix = os.Getenv("GCS_TEST_PREFIX")
+
+// newStorage is NewStorage below testPrefix.
+func newStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
+	return NewStorage(bucket, opts...)
+}
+
+// What most tests save.
+const (
+	testModule  = "example.com/mod"
+	testVersion = "v1.0.0"
+)
+
+// content is what one save stores; every byte of it tells whose it is.
+type content struct{ mod, zip, info []byte }
+
+func contentOf(who string, zipSize int) content {
+	zip := bytes.Repeat([]byte("zip of "+who+"\n"), zipSize/8+1)
+	return content{[]byte("module " + who), zip[:zipSize], []byte(`{"Version":"` + who + `"}`)}
+}
+
+func (c content) save(ctx context.Context, s *Storage) error {
+	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
+}
+
+func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error {
+	sum := md5.Sum(c.zip)
+	return s.Save(ctx, testModule, testVersion, c.mod, zip, sum[:], c.info)
+}
+
+// plain hides all methods of a reader but Read.
+func plain(r io.Reader) io.Reader { return struct{ io.Reader }{r} }
+
+func objectName(ext string) string {
+	return version{testModule, testVersion}.object(ext)
+}
+
+// bubble runs a test on an empty bucket, in virtual time.
+func bubble(t *testing.T, roundTrip time.Duration, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeGCS(t)
+		f.SetLatency(roundTrip)
+		test(t, f)
+	})
+}
+
+// withStorage runs a test whose requests take no time, with a Storage.
+func withStorage(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
+	t.Helper()
+	bubble(t, 0, func(t *testing.T, f *fakeGCS) { test(t, f, newStorage(f.Machine("m").Bucket)) })
+}
+
+// inCrowd runs a test with a round trip of 20 ms.
+func inCrowd(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	bubble(t, 20*time.Millisecond, test)
+}
+
+// inBubble is inCrowd for a test in which no object is changed twice within a
+// second.
+func inBubble(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		test(t, f)
+		require.Empty(t, f.RateViolations())
+	})
+}
+
+// inFleet is inCrowd for a test at whose end no lock and no request is left.
+func inFleet(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		test(t, f)
+		synctest.Wait()
+		require.Empty(t, locks(f))
+		requireNothingInFlight(t, f)
+	})
+}
+
+func requireNothingInFlight(t *testing.T, f *fakeGCS) {
+	t.Helper()
+	requests, bodies := f.InFlight()
+	require.Zero(t, requests)
+	require.Zero(t, bodies)
+}
+
+// forReaders runs a test for each of the readers.
+func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
+	for op := range readers {
+		t.Run(op, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
+		})
+	}
+}
+
+// behind is a Storage whose requests pass through edit, which may answer itself.
+func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
+	m := f.Register("behind")
+	m.Connect(editTransport{m, edit})
+	return newStorage(m.Bucket)
+}
+
+type editTransport struct {
+	next http.RoundTripper
+	edit func(*http.Request) *http.Response
+}
+
+func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	if resp := e.edit(r); resp != nil {
+		if r.Body != nil {
+			r.Body.Close()
+		}
+		resp.Request = r
+		return resp, nil
+	}
+	return e.next.RoundTrip(r)
+}
+
+// missing returns a Storage whose first listing lacks an object.
+func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
+	m := f.Register("missing")
+	m.Connect(&missingOnce{RoundTripper: m, name: objectName(ext)})
+	return newStorage(m.Bucket)
+}
+
+// missingOnce leaves an object out of the first listing.
+type missingOnce struct {
+	http.RoundTripper
+	name string
+	once sync.Once
+}
+
+func (m *missingOnce) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := m.RoundTripper.RoundTrip(r)
+	if err != nil || r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/o") {
+		return resp, err
+	}
+	m.once.Do(func() {
+		var page map[string]any
+		if err = json.NewDecoder(resp.Body).Decode(&page); err != nil {
+			return
+		}
+		resp.Body.Close()
+		items, _ := page["items"].([]any)
+		page["items"] = slices.DeleteFunc(items, func(item any) bool {
+			return item.(map[string]any)["name"] == testPrefix+m.name
+		})
+		b, _ := json.Marshal(page)
+		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
+		resp.Header.Del("Content-Length")
+	})
+	return resp, err
+}
+
+// storeFiles puts objects of a version into the bucket as Athens left them.
+func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
+	v := version{module, vers}
+	for _, ext := range exts {
+		f.Put(v.object(ext), []byte(ext+" of "+vers), nil)
+	}
+}
+
+// storeVersion puts a complete version into the bucket.
+func storeVersion(f *fakeGCS, module string, versions ...string) {
+	for _, vers := range versions {
+		storeFiles(f, module, vers, extInfo, extMod, extZip)
+	}
+}
+
+func unfinishedVersion(f *fakeGCS, v version) {
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		metadata := map[string]string{keySaveID: "a"}
+		if ext == extMod {
+			metadata = marked(time.Now().Add(ago), "a")
+		}
+		f.Put(v.object(ext), []byte(ext), metadata)
+	}
+}
+
+// saveVersion saves a version whose files hold their own names.
+func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
+	return s.Save(ctx, module, vers, []byte("mod of "+vers), strings.NewReader("zip of "+vers), nil, []byte("info of "+vers))
+}
+
+// leave makes leftovers of a version, each as a save of that id would, and lets a
+// second pass, before which GCS would take no other.
+func leave(f *fakeGCS, mark map[string]string, exts ...string) {
+	for _, ext := range exts {
+		if ext == extMod {
+			f.Put(objectName(ext), nil, mark)
+		} else {
+			f.Put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
+		}
+	}
+	time.Sleep(time.Second)
+}
+
+func leaveUnfinished(f *fakeGCS) {
+	leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+}
+
+// described returns what there is of an object, the zero Object if there is none.
+func described(f *fakeGCS, name string) fakegcs.Object {
+	if o := f.Get(name); o != nil {
+		return *o
+	}
+	return fakegcs.Object{}
+}
+
+// logged returns the operations of the log, in the order of their arrival.
+func logged(f *fakeGCS) []string {
+	ops := []string{}
+	for _, r := range f.Log() {
+		ops = append(ops, r.Op)
+	}
+	return ops
+}
+
+// requireError checks that err is the package's own, of that kind and about
+// that version.
+func requireError(t *testing.T, err error, kind int, op, module, vers string) {
+	t.Helper()
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	require.Equal(t, Error{op, kind, module, vers, e.Err}, *e)
+	require.Error(t, e.Err)
+}
+
+func requireKind(t *testing.T, err error, kind int) {
+	t.Helper()
+	require.Error(t, err)
+	require.Equal(t, kind, Kind(err), "%v", err)
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	require.Equal(t, testModule, e.Module)
+	require.Equal(t, testVersion, e.Version)
+}
+
+// requireStored checks that the version is complete and of that content only.
+func requireStored(t *testing.T, f *fakeGCS, c content) {
+	t.Helper()
+	requireVersion(t, f, version{testModule, testVersion}, c)
+}
+
+// requireComplete is requireStored for a version that an origin stored.
+func requireComplete(t *testing.T, f *fakeGCS, module, vers string) {
+	t.Helper()
+	requireVersion(t, f, version{module, vers}, contentOf(vers, 100))
+}
+
+func requireVersion(t *testing.T, f *fakeGCS, v version, c content) {
+	t.Helper()
+	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
+		o := f.Get(v.object(ext))
+		require.NotNil(t, o, v.object(ext))
+		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", o.Name, o.Data, want)
+	}
+	require.Empty(t, f.Get(v.object(extMod)).Metadata)
+}
+
+func locks(f *fakeGCS) (names []string) {
+	for _, name := range f.Names() {
+		if strings.HasSuffix(name, ".lock") {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// syncedLog is a log that several machines write to.
+type syncedLog struct {
+	mu sync.Mutex
+	strings.Builder
+}
+
+func (l *syncedLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.Builder.Write(p)
+}
+
+func (l *syncedLog) option() Option { return WithLogger(slog.New(slog.NewTextHandler(l, nil))) }
+
+// lines returns the lines at that level.
+func (l *syncedLog) lines(level slog.Level) (lines []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.String()) {
+		if strings.Contains(line, "level="+level.String()+" ") {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// requireList checks that List returns these versions in this order.
+func requireList(t *testing.T, s *Storage, module string, want ...string) {
+	t.Helper()
+	got, err := s.List(t.Context(), module)
+	require.NoError(t, err)
+	require.NotNil(t, got)
+	require.Equal(t, append([]string{}, want...), got)
+}
+
+// inVirtualTime runs f on an empty bucket with a round trip of 20 ms, in a
+// bubble, which only a test can have.
+func inVirtualTime(b *testing.B, run func(t *testing.T, f *fakeGCS) traffic) traffic {
+	b.Helper()
+	var counted traffic
+	all := func(pat, str string) (bool, error) { return true, nil }
+	ok := testing.RunTests(all, []testing.InternalTest{{Name: b.Name(), F: func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeGCS(t)
+			f.tolerate() // the baseline
+			f.SetLatency(20 * time.Millisecond)
+			counted = run(t, f)
+		})
+	}}})
+	if !ok {
+		b.FailNow()
+	}
+	return counted
+}
