@@ -195,8 +195,14 @@ func (l *lease) keep(ctx context.Context, lost context.CancelCauseFunc) (stop fu
 			select {
 			case <-tick.C:
 			case <-quit:
-				return
 			case <-ctx.Done():
+			}
+			select {
+			case <-quit: // comes first
+				return
+			default:
+			}
+			if ctx.Err() != nil {
 				return
 			}
 			switch err := l.renew(ctx); {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math/rand/v2"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -178,7 +177,7 @@ func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fe
 func (s *Storage) waitForAnother(ctx context.Context, start time.Time) error {
 	now := time.Now()
 	defer func() { s.telemetry.waited.Add(ctx, time.Since(now).Seconds()) }()
-	return sleep(ctx, pollPause(now.Sub(start)))
+	return sleep(ctx, s.pollPause(now.Sub(start)))
 }
 
 // complete does what is left to do when the version is held.
@@ -313,10 +312,10 @@ func (h *holding) giveUpAfter(ctx context.Context, err error, stored bool) error
 // pollPause is how long a save that has waited so long for another waits until
 // it looks again. Most saves take a fraction of a second; of a long one, nobody
 // wants to be told late, and a request a second for all who wait would be many.
-func pollPause(waited time.Duration) time.Duration {
+func (s *Storage) pollPause(waited time.Duration) time.Duration {
 	pause := max(waited, 100*time.Millisecond)
 	if waited > 1500*time.Millisecond {
 		pause = min(max(waited/10, 1600*time.Millisecond), 2*time.Second)
 	}
-	return pause - rand.N(pause/20)
+	return pause - s.rand(pause/20)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync/atomic"
 	"time"
 
@@ -63,6 +64,7 @@ type Storage struct {
 	log       *slog.Logger
 	threshold atomic.Int64     // stale threshold, a time.Duration
 	now       func() time.Time // what markers are written and judged by
+	rand      func(n time.Duration) time.Duration
 	telemetry telemetry
 	noClaims  atomic.Bool // the bucket does not permit claims; see SingleFlight
 }
@@ -108,6 +110,7 @@ func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 		chunkSize: defaultChunkSize,
 		log:       slog.New(slog.DiscardHandler),
 		now:       time.Now,
+		rand:      rand.N[time.Duration],
 		telemetry: newTelemetry(),
 	}
 	s.SetStaleThreshold(DefaultStaleThreshold)
@@ -168,7 +171,7 @@ func attempt(ctx context.Context, timeout time.Duration, request func(context.Co
 		err := request(tryCtx)
 		// Over gRPC the server knows the deadline too, and can be the first to
 		// say that it passed.
-		hung := ctx.Err() == nil && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
+		hung := !ended(ctx) && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
 		cancel()
 		if err == nil || !hung {
 			return err
@@ -177,6 +180,13 @@ func attempt(ctx context.Context, timeout time.Duration, request func(context.Co
 			return fmt.Errorf("no answer, or none but to try again, in %v: %w", waited.Round(time.Second), err)
 		}
 	}
+}
+
+// ended reports whether ctx has ended. A deadline that has come has ended it, even
+// when the timer of ctx is still to fire.
+func ended(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }
 
 // update replaces or, if it is empty, clears an object's metadata, if cond

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"math/rand/v2"
 	"net/http"
 	"time"
 
@@ -83,7 +82,7 @@ func (s *Storage) put(ctx context.Context, v version, ext string, cond storage.C
 		if err == nil || !isTransient(err) || ctx.Err() != nil || time.Since(start) > retryLimit {
 			return attrs, writeNeeds(err, cond)
 		}
-		if sleepErr := sleep(ctx, rand.N(pause)); sleepErr != nil {
+		if sleepErr := sleep(ctx, s.rand(pause)); sleepErr != nil {
 			return nil, fmt.Errorf("%w: %w", sleepErr, err)
 		}
 	}
