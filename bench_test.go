@@ -150,12 +150,12 @@ func BenchmarkSaveWaits(b *testing.B) {
 			var group sync.WaitGroup
 			group.Go(func() {
 				zip := io.MultiReader(sleepReader(30*time.Second), bytes.NewReader(small.zip))
-				fatal(t, small.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
+				fatal(t, small.saveFrom(t.Context(), f.storage("a"), zip))
 				done = time.Now()
 			})
 			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)
 			start := time.Now()
-			err := small.save(t.Context(), newStorage(f.Machine("b").Bucket))
+			err := small.save(t.Context(), f.storage("b"))
 			fatal(t, unless(Is(err, KindAlreadyExists), err))
 			end := time.Now()
 			group.Wait()

@@ -60,7 +60,7 @@ func TestBudgetRequests(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) { // and no object twice within a second
 				storeVersions(f, test.stored)
-				s := newStorage(f.Machine("a").Bucket)
+				s := f.storage("a")
 				cost := measure(f, func() { test.do(t, s) })
 				require.LessOrEqual(t, int(cost.requests), test.requests, "requests: %v", f.Log())
 				require.LessOrEqual(t, int(cost.trips), test.trips, "one after another: %v", f.Log())
@@ -102,7 +102,7 @@ func TestBudgetWaiting(t *testing.T) {
 				done := make(chan time.Time, 1)
 				go func() {
 					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(c.zip))
-					if err := c.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip); err != nil {
+					if err := c.saveFrom(t.Context(), f.storage("a"), zip); err != nil {
 						t.Error(err)
 					}
 					done <- time.Now()
@@ -110,7 +110,7 @@ func TestBudgetWaiting(t *testing.T) {
 				synctest.Wait()
 				time.Sleep(time.Second)
 				start := time.Now()
-				requireKind(t, c.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+				requireKind(t, c.save(t.Context(), f.storage("b")), KindAlreadyExists)
 				late, waited := time.Since(<-done), time.Since(start)
 				require.Less(t, late, min(waited/10, 2*time.Second)+40*time.Millisecond) // and a round trip to see it
 				requests := 0

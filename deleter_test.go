@@ -74,12 +74,7 @@ func TestDeleteFaults(t *testing.T) {
 			t.Run(fmt.Sprintf("request %d %v", n, fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					storeVersion(f, "m", "v1.0.0")
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.N == n {
-							return fault
-						}
-						return fakegcs.NoFault
-					})
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
 					require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
 					require.Empty(t, f.Names())
 				})
@@ -98,12 +93,7 @@ func TestDeleteCrashes(t *testing.T) {
 					withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 						require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0"))
 						doomed := f.Machine("doomed")
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if r.Machine == "doomed" && r.MachineN == n {
-								return fault
-							}
-							return fakegcs.NoFault
-						})
+						f.fault(fault, func(r *fakegcs.Request) bool { return r.Machine == "doomed" && r.MachineN == n })
 						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 						defer cancel()
 						err := newStorage(doomed.Bucket).Delete(ctx, "m", "v1.0.0")
@@ -151,7 +141,7 @@ func TestDeleteTwice(t *testing.T) {
 				wg.Go(func() { errs[0] = s.Delete(t.Context(), "m", "v1.0.0") })
 				wg.Go(func() {
 					time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-					errs[1] = newStorage(f.Machine("second").Bucket).Delete(t.Context(), "m", "v1.0.0")
+					errs[1] = f.storage("second").Delete(t.Context(), "m", "v1.0.0")
 				})
 				wg.Wait()
 				require.Contains(t, errs, nil)
@@ -185,7 +175,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
 					wg.Go(func() {
 						time.Sleep(time.Until(started))
-						deleteErr = newStorage(f.Machine("deleter").Bucket).Delete(t.Context(), "m", "v1.0.0")
+						deleteErr = f.storage("deleter").Delete(t.Context(), "m", "v1.0.0")
 						deleted = time.Now()
 					})
 					wg.Wait()
@@ -239,7 +229,7 @@ func TestDeleteTakenOver(t *testing.T) {
 func TestDeleteSparesSuccessor(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		saver := newStorage(f.Machine("saver").Bucket)
+		saver := f.storage("saver")
 		var once sync.Once
 		saved := false
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {

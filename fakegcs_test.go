@@ -87,6 +87,16 @@ func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 	})
 }
 
+// fault gives a fault to some requests.
+func (f *fakeGCS) fault(fault fakegcs.Fault, to func(*fakegcs.Request) bool) {
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if to(r) {
+			return fault
+		}
+		return fakegcs.NoFault
+	})
+}
+
 // onAnswer is OnAnswer for a hook that does not care for the context.
 func (f *fakeGCS) onAnswer(hook func(*fakegcs.Request)) {
 	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) {

@@ -27,7 +27,7 @@ func TestCommitAwaitsRenewal(t *testing.T) {
 		})
 		a := contentOf("a", 100)
 		zip := io.MultiReader(sleepReader(due+time.Second), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
 		requireStored(t, f, a)
 		var patches []fakegcs.Request
 		for _, r := range f.Log() {
@@ -82,7 +82,7 @@ func TestSleeperWakesDuringTakeover(t *testing.T) {
 					requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
 				})
 				time.Sleep(time.Second)
-				require.NoError(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)))
+				require.NoError(t, b.save(t.Context(), f.storage("b")))
 				requireStored(t, f, b)
 				group.Wait()
 				requireStored(t, f, b)
@@ -110,10 +110,10 @@ func TestTakeoverOfCommitted(t *testing.T) {
 		})
 		var group sync.WaitGroup
 		group.Go(func() {
-			require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+			require.NoError(t, a.save(t.Context(), f.storage("a")))
 		})
 		time.Sleep(time.Second)
-		s := newStorage(f.Machine("b").Bucket)
+		s := f.storage("b")
 		s.now = func() time.Time { return time.Now().Add(time.Hour) }
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
 		group.Wait()
@@ -130,18 +130,13 @@ func TestLateObjectOfFailedSave(t *testing.T) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
 				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 				defer cancel()
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Object == objectName(ext) {
-						return fakegcs.Stray
-					}
-					return fakegcs.NoFault
-				})
-				requireKind(t, a.save(ctx, newStorage(f.Machine("a").Bucket)), KindGatewayTimeout)
+				f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return r.Object == objectName(ext) })
+				requireKind(t, a.save(ctx, f.storage("a")), KindGatewayTimeout)
 				f.onRequest(nil)
 				f.Land()
 				require.NotNil(t, f.Get(objectName(ext)))
 				time.Sleep(time.Second) // past the limit on writes of one name
-				s := newStorage(f.Machine("b").Bucket)
+				s := f.storage("b")
 				exists, err := s.Exists(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
 				require.False(t, exists)
@@ -167,16 +162,16 @@ func TestLateCreateAfterDelete(t *testing.T) {
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		require.Error(t, newStorage(f.Machine("d").Bucket).Delete(ctx, testModule, testVersion))
+		require.Error(t, f.storage("d").Delete(ctx, testModule, testVersion))
 		f.onRequest(nil)
 		f.Land()
 		require.NotNil(t, f.Get(objectName(extMod)))
 		time.Sleep(DefaultStaleThreshold)
-		s := newStorage(f.Machine("b").Bucket)
+		s := f.storage("b")
 		exists, err := s.Exists(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		require.False(t, exists)
@@ -199,13 +194,13 @@ func TestListingBesideLostCreate(t *testing.T) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {
 				once.Do(func() {
 					time.Sleep(time.Second) // the listing is answered
-					require.NoError(t, newStorage(f.Machine("d").Bucket).Delete(t.Context(), testModule, testVersion))
+					require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
 					fault = fakegcs.LostReset
 				})
 			}
 			return fault
 		})
-		require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
 	})
 }
@@ -217,7 +212,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 		t.Run(ext, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", 100), contentOf("b", 100)
-				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), f.storage("a")))
 				requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
 				requireStored(t, f, a)
 			})
@@ -229,7 +224,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 // listing, but for the .mod.
 func TestDeleteNeedsTheMod(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		require.NoError(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket)))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
 		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})

@@ -145,12 +145,7 @@ func TestReadFaults(t *testing.T) {
 		t.Run(fault.String(), func(t *testing.T) {
 			forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
 				storeVersion(f, "m", "v1.0.0")
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.N == 0 {
-						return fault
-					}
-					return fakegcs.NoFault
-				})
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
 				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
 				require.NoError(t, err)
 				require.Equal(t, extOf[op]+" of v1.0.0", content)
@@ -166,12 +161,7 @@ func TestReadHangs(t *testing.T) {
 		t.Run(op, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				storeVersion(f, "m", "v1.0.0")
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.N == 0 {
-						return fakegcs.Hung
-					}
-					return fakegcs.NoFault
-				})
+				f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.N == 0 })
 				start := time.Now()
 				content, err := readers[op](t.Context(), s, "m", "v1.0.0")
 				require.NoError(t, err)

@@ -31,6 +31,11 @@ func newStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 	return NewStorage(bucket, opts...)
 }
 
+// storage returns a Storage on a machine of its own.
+func (f *fakeGCS) storage(machine string, opts ...Option) *Storage {
+	return newStorage(f.Machine(machine).Bucket, opts...)
+}
+
 // What most tests save.
 const (
 	testModule  = "example.com/mod"
@@ -74,7 +79,7 @@ func bubble(t *testing.T, roundTrip time.Duration, test func(t *testing.T, f *fa
 // withStorage runs a test whose requests take no time, with a Storage.
 func withStorage(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 	t.Helper()
-	bubble(t, 0, func(t *testing.T, f *fakeGCS) { test(t, f, newStorage(f.Machine("m").Bucket)) })
+	bubble(t, 0, func(t *testing.T, f *fakeGCS) { test(t, f, f.storage("m")) })
 }
 
 // inCrowd runs a test with a round trip of 20 ms.

@@ -226,12 +226,7 @@ func TestListFaults(t *testing.T) {
 					want = append(want, fmt.Sprintf("v1.%03d.0", i))
 				}
 				storeVersion(f, "m", want...)
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.N%2 == 0 {
-						return fault
-					}
-					return fakegcs.NoFault
-				})
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N%2 == 0 })
 				requireList(t, s, "m", want...)
 			})
 		})

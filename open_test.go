@@ -195,12 +195,7 @@ func TestOpenFaults(t *testing.T) {
 		t.Run(fault.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeGCS(t)
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.N == 0 {
-						return fault
-					}
-					return fakegcs.NoFault
-				})
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
 				_, opts := opening(f)
 				start := time.Now()
 				_, err := Open(t.Context(), fakegcs.Bucket, opts...)

@@ -25,7 +25,7 @@ func TestSaveNew(t *testing.T) {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				a := contentOf("a", size)
-				require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), plain(bytes.NewReader(a.zip))))
+				require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), plain(bytes.NewReader(a.zip))))
 				requireStored(t, f, a)
 				require.Len(t, f.Log(), 5)
 				require.Equal(t, 3, fakegcs.SerialTrips(f.Log()))
@@ -39,7 +39,7 @@ func TestSaveNew(t *testing.T) {
 func TestSaveComplete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		s := newStorage(f.Machine("a").Bucket)
+		s := f.storage("a")
 		require.NoError(t, a.save(t.Context(), s))
 		f.ResetLog()
 		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
@@ -58,11 +58,11 @@ func TestSaveCompleteAtThatMoment(t *testing.T) {
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Machine == "b" && r.Op == "insert" && first {
 				first = false
-				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), f.storage("a")))
 			}
 			return fakegcs.NoFault
 		})
-		requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
 		count := 0
 		for _, r := range f.Log() {
 			if r.Machine == "b" {
@@ -109,7 +109,7 @@ func TestSaveOverLeftovers(t *testing.T) {
 					time.Sleep(2 * time.Second) // or the fake counts a second write within one
 					a := contentOf("a", 100)
 					start := time.Now()
-					err := a.save(t.Context(), newStorage(f.Machine("a").Bucket))
+					err := a.save(t.Context(), f.storage("a"))
 					if took := time.Since(start); waits[name] {
 						require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
 						require.Less(t, took, DefaultStaleThreshold+3*time.Second)
@@ -134,16 +134,11 @@ func TestSaveFinishesAnother(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		m := f.Machine("a")
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine == "a" && r.Op == "patch" {
-				return fakegcs.CrashBefore
-			}
-			return fakegcs.NoFault
-		})
+		f.fault(fakegcs.CrashBefore, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" })
 		go a.save(t.Context(), newStorage(m.Bucket)) // until the test's context ends
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
 		require.InDelta(t, DefaultStaleThreshold.Seconds(), time.Since(start).Seconds(), 3)
 		requireStored(t, f, a)
 	})
@@ -159,12 +154,12 @@ func TestSaveWaits(t *testing.T) {
 				var group sync.WaitGroup
 				group.Go(func() {
 					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(a.zip))
-					require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
+					require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
 					done = time.Now()
 				})
 				time.Sleep(50 * time.Millisecond)
 				start := time.Now()
-				requireKind(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+				requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
 				group.Wait()
 				requireStored(t, f, a)
 				waited, late := done.Sub(start), time.Since(done)
@@ -200,11 +195,11 @@ func TestSaveTakesOverFromFailed(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(10*time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
-			requireKind(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip), KindUnexpected)
+			requireKind(t, a.saveFrom(t.Context(), f.storage("a"), zip), KindUnexpected)
 		})
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
-		require.NoError(t, b.save(t.Context(), newStorage(f.Machine("b").Bucket)))
+		require.NoError(t, b.save(t.Context(), f.storage("b")))
 		require.Less(t, time.Since(start), 13*time.Second)
 		group.Wait()
 		requireStored(t, f, b)
@@ -219,7 +214,7 @@ func TestSaveSlowZip(t *testing.T) {
 		a := contentOf("a", 100)
 		// The last renewal is under way when the zip is done.
 		zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
 		requireStored(t, f, a)
 		patches := 0
 		for _, r := range f.Log() {
@@ -241,7 +236,7 @@ func TestSaveContention(t *testing.T) {
 				var group sync.WaitGroup
 				for i := range n {
 					c := contentOf(fmt.Sprint(i), 100*i)
-					s := newStorage(f.Machine(fmt.Sprint(i)).Bucket)
+					s := f.storage(fmt.Sprint(i))
 					group.Go(func() {
 						err := c.save(t.Context(), s)
 						if err == nil {
@@ -276,7 +271,7 @@ func TestSaveMutuallyStale(t *testing.T) {
 		var group sync.WaitGroup
 		for i, skew := range []time.Duration{time.Hour, -time.Hour} {
 			c := contentOf(fmt.Sprint(i), 700<<10)
-			s := newStorage(f.Machine(fmt.Sprint(i)).Bucket, WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
+			s := f.storage(fmt.Sprint(i), WithChunkSize(256<<10), WithStaleThreshold(8*time.Second))
 			s.now = func() time.Time { return time.Now().Add(skew) }
 			group.Go(func() {
 				time.Sleep(time.Duration(i) * time.Second)
@@ -304,7 +299,7 @@ func TestSaveReaderFails(t *testing.T) {
 			t.Run(fmt.Sprintf("%v after %d", err, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a, b := contentOf("a", size), contentOf("b", 100)
-					s := newStorage(f.Machine("a").Bucket)
+					s := f.storage("a")
 					got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
 					requireKind(t, got, KindUnexpected)
 					require.ErrorIs(t, got, err)
@@ -341,7 +336,7 @@ func TestSaveMD5(t *testing.T) {
 			t.Run(fmt.Sprintf("%s of %d", test.name, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a := contentOf("a", size)
-					s := newStorage(f.Machine("a").Bucket)
+					s := f.storage("a")
 					err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
 					if !test.ok {
 						requireKind(t, err, KindBadRequest)
@@ -383,7 +378,7 @@ func TestSaveContextEnds(t *testing.T) {
 							time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() })
 							return fault
 						})
-						err := a.save(ctx, newStorage(f.Machine("a").Bucket))
+						err := a.save(ctx, f.storage("a"))
 						if ctx.Err() == nil {
 							require.NoError(t, err) // there is no request n
 							return
@@ -399,7 +394,7 @@ func TestSaveContextEnds(t *testing.T) {
 						f.onRequest(nil)
 						time.Sleep(time.Second)
 						start := time.Now()
-						next := b.save(t.Context(), newStorage(f.Machine("b").Bucket))
+						next := b.save(t.Context(), f.storage("b"))
 						require.Less(t, time.Since(start), time.Second)
 						if err == nil || next != nil {
 							requireKind(t, next, KindAlreadyExists)
@@ -419,7 +414,7 @@ func TestSaveDeadline(t *testing.T) {
 		f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		err := contentOf("a", 1).save(ctx, newStorage(f.Machine("a").Bucket))
+		err := contentOf("a", 1).save(ctx, f.storage("a"))
 		requireKind(t, err, KindGatewayTimeout)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 	})
@@ -453,7 +448,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 						}
 					})
 					time.Sleep(time.Second)
-					err := b.save(t.Context(), newStorage(f.Machine("b").Bucket))
+					err := b.save(t.Context(), f.storage("b"))
 					if !slept { // there is no such request for a zip of this size
 						requireKind(t, err, KindAlreadyExists)
 						return
@@ -485,7 +480,7 @@ func TestSaveLateObject(t *testing.T) {
 						}
 						return fakegcs.NoFault
 					})
-					require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+					require.NoError(t, a.save(t.Context(), f.storage("a")))
 					requireStored(t, f, a)
 				})
 			})
@@ -504,7 +499,7 @@ func TestSaveLateObjectUnseekable(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		s := newStorage(f.Machine("a").Bucket, WithChunkSize(256<<10))
+		s := f.storage("a", WithChunkSize(256<<10))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		time.Sleep(time.Second)
 		require.NoError(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))))
@@ -527,7 +522,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
 			case r.Machine == "a" && r.Op == "list" && tookOver:
 				tookOver = false
-				s := newStorage(f.Machine("b").Bucket)
+				s := f.storage("b")
 				s.now = func() time.Time { return time.Now().Add(time.Hour) }
 				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
 				time.Sleep(2 * time.Second)
@@ -539,7 +534,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 				tookOver = true
 			}
 		})
-		requireKind(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), f.storage("a")), KindAlreadyExists)
 		require.NoError(t, <-committed)
 		requireStored(t, f, b)
 	})
@@ -550,13 +545,8 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 	for _, op := range []string{"insert", "patch"} {
 		t.Run(op, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == op && r.Object == objectName(extMod) {
-						return fakegcs.Unmet
-					}
-					return fakegcs.NoFault
-				})
-				err := contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket))
+				f.fault(fakegcs.Unmet, func(r *fakegcs.Request) bool { return r.Op == op && r.Object == objectName(extMod) })
+				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 				requireKind(t, err, KindUnexpected)
 				require.True(t, isRefused(err))
 				require.Less(t, len(f.Log()), 40)
@@ -572,7 +562,7 @@ func TestSavePermissions(t *testing.T) {
 		t.Run(permission, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				f.Deny(permission)
-				err := contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket))
+				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 				requireKind(t, err, KindUnexpected)
 				require.ErrorContains(t, err, permission)
 				require.ErrorContains(t, err, "roles/storage.objectUser")
@@ -588,14 +578,9 @@ func TestSaveRetriesEnd(t *testing.T) {
 		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
 			t.Run(fmt.Sprintf("%s %v", op, fault), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.Op == op {
-							return fault
-						}
-						return fakegcs.NoFault
-					})
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
 					start := time.Now()
-					requireKind(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket)), kind)
+					requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), kind)
 					require.Less(t, time.Since(start), 3*retryLimit)
 				})
 			})
@@ -614,12 +599,12 @@ func TestSaveDeleted(t *testing.T) {
 					if r.Machine == "a" && r.MachineN == n && once {
 						once = false
 						time.Sleep(time.Second)
-						err := newStorage(f.Machine("b").Bucket).Delete(t.Context(), testModule, testVersion)
+						err := f.storage("b").Delete(t.Context(), testModule, testVersion)
 						require.True(t, err == nil || Is(err, KindNotFound))
 					}
 					return fakegcs.NoFault
 				})
-				require.NoError(t, a.save(t.Context(), newStorage(f.Machine("a").Bucket)))
+				require.NoError(t, a.save(t.Context(), f.storage("a")))
 				requireStored(t, f, a)
 			})
 		})
@@ -631,7 +616,7 @@ func TestSaveHealsAndSaysSo(t *testing.T) {
 		f.Put(objectName(extMod), []byte("poisoned"), nil)
 		time.Sleep(time.Second)
 		var log strings.Builder
-		require.NoError(t, contentOf("a", 100).save(t.Context(), newStorage(f.Machine("a").Bucket, WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
 		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }

@@ -113,7 +113,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		last := cuts[len(cuts)-1]
 
 		// A version without its .mod does not exist, whatever else a delete left.
-		s := newStorage(f.Machine("s").Bucket, WithStaleThreshold(crashThreshold))
+		s := f.storage("s", WithStaleThreshold(crashThreshold))
 		if f.Get(objectName(extMod)) == nil {
 			exists, err := s.Exists(t.Context(), testModule, testVersion)
 			require.NoError(t, err)
@@ -134,7 +134,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 			require.NotEqual(t, "s", winner)
 		}
 		began = time.Now()
-		s = newStorage(f.Machine("t").Bucket, WithStaleThreshold(crashThreshold))
+		s = f.storage("t", WithStaleThreshold(crashThreshold))
 		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
 		require.Less(t, time.Since(began), time.Second)
 		exists, err := s.Exists(t.Context(), testModule, testVersion)

@@ -141,7 +141,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			fired = true
 			return fault
 		})
-		s := newStorage(f.Machine("a").Bucket, WithChunkSize(faultChunk))
+		s := f.storage("a", WithChunkSize(faultChunk))
 		began := time.Now()
 		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
 		took, names, end.kind = time.Since(began), cutAt(f.Log(), "a"), Kind(err)
@@ -157,7 +157,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			}
 		}
 		began = time.Now()
-		err = contentOf("b", 10).save(t.Context(), newStorage(f.Machine("b").Bucket))
+		err = contentOf("b", 10).save(t.Context(), f.storage("b"))
 		if end.winner != "" {
 			requireKind(t, err, KindAlreadyExists)
 		} else {

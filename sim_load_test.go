@@ -120,7 +120,7 @@ func TestLoad(t *testing.T) {
 		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
 		var stores []*Storage
 		for i := range l.machines {
-			stores = append(stores, newStorage(f.Machine(fmt.Sprint(i)).Bucket))
+			stores = append(stores, f.storage(fmt.Sprint(i)))
 		}
 		failed := l.run(t, f, stores)
 		require.NotEmpty(t, failed)

@@ -148,7 +148,7 @@ func TestSingleFlightShares(t *testing.T) {
 		t.Run(vers, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				s := newStorage(f.Machine("a").Bucket)
+				s := f.storage("a")
 				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					calls++
 					require.Equal(t, testModule, module)
@@ -179,7 +179,7 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var mu sync.Mutex
 		calls := map[string]int{}
-		s := newStorage(f.Machine("a").Bucket)
+		s := f.storage("a")
 		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -254,7 +254,7 @@ func TestSingleFlightLastLeaves(t *testing.T) {
 				var told time.Duration
 				calls := 0
 				start := time.Now()
-				stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+				stasher := f.storage("a").SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 					if calls++; calls == 2 {
 						return v, nil
 					}
@@ -432,7 +432,7 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 				group.Go(func() {
 					c := contentOf(testVersion, 100)
 					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
-					require.NoError(t, c.saveFrom(t.Context(), newStorage(f.Machine("saver").Bucket), zip))
+					require.NoError(t, c.saveFrom(t.Context(), f.storage("saver"), zip))
 				})
 				time.Sleep(time.Second)
 			}
@@ -484,7 +484,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(test.name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "", test.err
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -542,7 +542,7 @@ func TestSingleFlightErrors(t *testing.T) {
 		for _, vers := range []string{"master", testVersion} {
 			t.Run(name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 						return "beside", want
 					}))
 					saved, err := stasher.Stash(t.Context(), testModule, vers)
@@ -565,7 +565,7 @@ func (nilError) Error() string { return "failed" }
 // A version beside an error that names none is the resolved one.
 func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			return pseudoVersion, athensLike{Op: "a", Kind: KindAlreadyExists, Err: io.EOF}
 		}))
 		saved, err := stasher.Stash(t.Context(), testModule, "master")
@@ -578,7 +578,7 @@ func TestSingleFlightAlreadyExistsBeside(t *testing.T) {
 // now or later.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+		stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 			runtime.Goexit()
 			return "", nil
 		}))
@@ -603,7 +603,7 @@ func TestSingleFlightQueries(t *testing.T) {
 		t.Run(query, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				calls := 0
-				stasher := newStorage(f.Machine("a").Bucket).SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+				stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 					calls++
 					time.Sleep(time.Second)
 					return testVersion, nil
@@ -947,7 +947,7 @@ func TestSingleFlightStaleLock(t *testing.T) {
 // A lock is no part of a version, to whomever.
 func TestLockIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s := newStorage(f.Machine("a").Bucket)
+		s := f.storage("a")
 		fresh := func(v version) { f.Put(v.object(extLock), nil, marked(time.Now(), "other")) }
 		fresh(version{testModule, "v0.9.0"}) // a version that is being fetched
 		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
@@ -1004,7 +1004,7 @@ func TestLockIsSwept(t *testing.T) {
 				t.Run(fmt.Sprintf("%s fresh %v denied %v", test.name, fresh, denied), func(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						log := &syncedLog{}
-						s := newStorage(f.Machine("a").Bucket, log.option())
+						s := f.storage("a", log.option())
 						if test.complete {
 							require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
 						}
@@ -1103,7 +1103,7 @@ func TestSingleFlightNoCreate(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.create")
-		s := newStorage(f.Machine("a").Bucket, log.option())
+		s := f.storage("a", log.option())
 		var calls atomic.Int32
 		stasher := s.SingleFlight(stashFunc(func(_ context.Context, _, vers string) (string, error) {
 			calls.Add(1)
@@ -1287,12 +1287,7 @@ func TestSingleFlightClaimStays(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		o := &origin{}
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "delete" {
-				return fakegcs.Unavailable
-			}
-			return fakegcs.NoFault
-		})
+		f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return r.Op == "delete" })
 		start := time.Now()
 		_, err := newReplica(f, o, "a", log.option()).Stash(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
@@ -1324,7 +1319,7 @@ func TestSingleFlightCost(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
 				o := &origin{resolve: map[string]string{"master": pseudoVersion}}
-				s := newStorage(f.Machine("a").Bucket)
+				s := f.storage("a")
 				test.prepare(f, s)
 				var before, after int
 				next := o.stasher(s)

@@ -217,7 +217,7 @@ func TestSpans(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
-				s := newStorage(f.Machine("a").Bucket)
+				s := f.storage("a")
 				if test.prepare != nil {
 					test.prepare(t, f, s)
 					w.spans()
@@ -296,7 +296,7 @@ func TestSpansOfSharedStash(t *testing.T) {
 func TestSavesByOutcome(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
-		s := newStorage(f.Machine("a").Bucket)
+		s := f.storage("a")
 		require.Empty(t, w.saves())
 		a := contentOf("a", 100)
 		want := map[string]float64{}
@@ -338,7 +338,7 @@ func TestSecondsWaited(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
 		a := contentOf("a", 100)
-		s := newStorage(f.Machine("a").Bucket)
+		s := f.storage("a")
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(a.zip))
@@ -346,7 +346,7 @@ func TestSecondsWaited(t *testing.T) {
 		})
 		time.Sleep(time.Second)
 		require.Zero(t, w.waited())
-		requireKind(t, a.save(t.Context(), newStorage(f.Machine("b").Bucket)), KindAlreadyExists)
+		requireKind(t, a.save(t.Context(), f.storage("b")), KindAlreadyExists)
 		group.Wait()
 		once := w.waited()
 		require.InDelta(t, 19, once, 2)
@@ -392,7 +392,7 @@ func TestRenewalsFailed(t *testing.T) {
 				})
 				a := contentOf("a", 100)
 				zip := io.MultiReader(sleepReader(110*time.Second), bytes.NewReader(a.zip))
-				require.NoError(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket), zip))
+				require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
 				requireStored(t, f, a)
 				require.Equal(t, test.want, w.renewalsFailed())
 			})
@@ -410,10 +410,10 @@ func TestFencedIsLogged(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
-			requireKind(t, a.saveFrom(t.Context(), newStorage(f.Machine("a").Bucket, log.option()), zip), KindAlreadyExists)
+			requireKind(t, a.saveFrom(t.Context(), f.storage("a", log.option()), zip), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)
-		fast := newStorage(f.Machine("b").Bucket)
+		fast := f.storage("b")
 		fast.now = func() time.Time { return time.Now().Add(time.Hour) }
 		require.NoError(t, b.save(t.Context(), fast))
 		group.Wait()
@@ -431,7 +431,7 @@ func TestStuckMarkerIsLogged(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.update")
-		s := newStorage(f.Machine("a").Bucket, log.option())
+		s := f.storage("a", log.option())
 		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "could not give a marker up")
@@ -473,7 +473,7 @@ func TestHealedIsLogged(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
 				test.prepare(f)
 				log := &syncedLog{}
-				require.NoError(t, test.call(t.Context(), newStorage(f.Machine("a").Bucket, log.option())))
+				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
 				require.Contains(t, log.String(), test.message)
 				require.Len(t, log.lines(slog.LevelInfo), 1)
 				require.Empty(t, log.lines(slog.LevelWarn))
@@ -488,7 +488,7 @@ func TestNothingIsLogged(t *testing.T) {
 		log := &syncedLog{}
 		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		a := contentOf("a", 100)
-		s := newStorage(f.Machine("a").Bucket, option)
+		s := f.storage("a", option)
 		var group sync.WaitGroup
 		group.Go(func() {
 			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
