@@ -127,8 +127,7 @@ type storm struct {
 	broken   []string
 	group    sync.WaitGroup
 	machines map[string]*stormMachine
-	repeats  map[string]int // of requests
-	last     map[string]time.Time
+	failures map[string]int // in a row, of requests that are alike
 }
 
 // A life is what is known of a complete version that is in the bucket.
@@ -147,8 +146,7 @@ func newStorm(t *testing.T, seed uint64) *storm {
 		sums:      map[string]int{},
 		lives:     map[string]life{},
 		machines:  map[string]*stormMachine{},
-		repeats:   map[string]int{},
-		last:      map[string]time.Time{},
+		failures:  map[string]int{},
 	}
 	for i := range 1 + rng.IntN(2) {
 		w.versions = append(w.versions, fmt.Sprintf("v1.0.%d", i))
@@ -173,6 +171,13 @@ func (w *storm) run() {
 		if r.Applied {
 			w.inspect()
 		}
+		w.mu.Lock()
+		if r.Status == http.StatusTooManyRequests || r.Status == http.StatusServiceUnavailable {
+			w.failures[alike(r)]++
+		} else {
+			delete(w.failures, alike(r))
+		}
+		w.mu.Unlock()
 		w.awake(ctx, r)
 	})
 	w.leaveBehind()
@@ -506,19 +511,15 @@ func (w *storm) chance(what ...any) *rand.Rand {
 }
 
 // backoff returns how long the network makes a request wait at the most: longer,
-// the more requests like it came from the machine within the last minute. The
-// client's own random pauses are off.
+// the more requests like it have failed in a row. It takes the place of the
+// client's own random pauses.
 func (w *storm) backoff(r *fakegcs.Request) time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	key := fmt.Sprint(r.Machine, r.Op, r.Object)
-	if time.Since(w.last[key]) > time.Minute {
-		w.repeats[key] = 0
-	}
-	w.last[key] = time.Now()
-	w.repeats[key]++
-	return time.Millisecond << min(w.repeats[key], 10)
+	return time.Millisecond << min(w.failures[alike(r)], 10)
 }
+
+func alike(r *fakegcs.Request) string { return fmt.Sprint(r.Machine, r.Op, r.Object) }
 
 // awake returns when the machine of a request does not sleep, each request at a
 // time of its own.
