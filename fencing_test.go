@@ -127,7 +127,7 @@ func TestLateObjectOfFailedSave(t *testing.T) {
 	for _, ext := range []string{extInfo, extZip} {
 		t.Run(ext, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				a, b := contentOf("a", 100), contentOf("b", 100)
+				a := contentOf("a", 100)
 				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 				defer cancel()
 				f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return r.Object == objectName(ext) })
@@ -136,22 +136,28 @@ func TestLateObjectOfFailedSave(t *testing.T) {
 				f.Land()
 				require.NotNil(t, f.Get(objectName(ext)))
 				time.Sleep(time.Second) // past the limit on writes of one name
-				s := f.storage("b")
-				exists, err := s.Exists(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.False(t, exists)
-				require.NoError(t, b.save(t.Context(), s))
-				requireStored(t, f, b)
+				requireSavable(t, f)
 			})
 		})
 	}
+}
+
+// requireSavable checks that the version does not exist, and can be saved.
+func requireSavable(t *testing.T, f *fakeGCS) {
+	t.Helper()
+	s, b := f.storage("b"), contentOf("b", 100)
+	exists, err := s.Exists(t.Context(), testModule, testVersion)
+	require.NoError(t, err)
+	require.False(t, exists)
+	require.NoError(t, b.save(t.Context(), s))
+	requireStored(t, f, b)
 }
 
 // A create that was thought lost arrives after a delete that was cut short. It
 // does not bring back to life what the delete had not reached.
 func TestLateCreateAfterDelete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		a, b := contentOf("a", 100), contentOf("b", 100)
+		a := contentOf("a", 100)
 		var once sync.Once
 		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
 			switch {
@@ -171,12 +177,7 @@ func TestLateCreateAfterDelete(t *testing.T) {
 		f.Land()
 		require.NotNil(t, f.Get(objectName(extMod)))
 		time.Sleep(DefaultStaleThreshold)
-		s := f.storage("b")
-		exists, err := s.Exists(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.False(t, exists)
-		require.NoError(t, b.save(t.Context(), s))
-		requireStored(t, f, b)
+		requireSavable(t, f)
 	})
 }
 

@@ -192,7 +192,7 @@ func (f *Server) carry(r *http.Request, c *call) (*http.Response, error) {
 	if err := f.awaitRunning(ctx, c.machine); err != nil {
 		return nil, err
 	}
-	if err != nil {
+	if err := cmp.Or(ctx.Err(), err); err != nil {
 		return nil, err
 	}
 	return a.response(r, fault == LostBody), nil
