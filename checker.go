@@ -1,78 +1,88 @@
 package gcs
 
-import (
-	"context"
-
-	"cloud.google.com/go/storage"
-)
+import "context"
 
 // Exists reports whether the version is complete: all three objects are there,
 // from one save or from before this package came to the bucket, and nobody is
-// writing them. It is false while a save is under way, and when one was cut off,
-// unless all that is missing is its last step.
+// writing them. It is false while a save is under way, and after one that was cut
+// off, unless only its last step is missing.
 //
-// It makes one request, or two when it finds a version of which only the last
-// step of its save is missing, which it then does. If the caller lacks the
-// permission for that (storage.objects.update) the version does not exist yet.
+// Exists makes one request. It makes a second one when it finds a version of which
+// only the last step of its save is missing, to do that step. If the caller lacks
+// the permission for it (storage.objects.update), the version does not exist yet. It
+// makes a second one, too, in a bucket whose objects were copied from another, since
+// they name generations that they had there. It is safe for concurrent use.
 func (s *Storage) Exists(ctx context.Context, module, vers string) (bool, error) {
-	v, err := newVersion(module, vers)
-	ctx, o := s.begin(ctx, "Exists", v)
-	var ok bool
+	v := version{module, vers}
+	ctx, c := s.begin(ctx, "Exists", v)
+	err := s.bucket.check(v)
+	var seen snapshot
 	if err == nil {
-		ok, err = s.exists(ctx, v)
+		seen, err = s.bucket.look(ctx, v)
 	}
-	return ok, o.end(err)
-}
-
-func (s *Storage) exists(ctx context.Context, v version) (bool, error) {
-	seen, err := s.look(ctx, v)
 	if err != nil {
-		return false, err
+		return false, c.end(err)
 	}
-	return s.settle(ctx, v, seen)
+	ok, err := s.isComplete(ctx, v, seen)
+	return ok, c.end(err)
 }
 
-// settle reports whether the version of which seen is a snapshot is complete,
-// and completes it if it is unfinished.
-func (s *Storage) settle(ctx context.Context, v version, seen snapshot) (bool, error) {
+// isComplete reports whether a version that was listed is complete, and completes
+// it if it is unfinished and the caller may.
+func (s *Storage) isComplete(ctx context.Context, v version, seen snapshot) (bool, error) {
+	_, state, _, err := s.resolve(ctx, v, seen)
+	if isForbidden(err) && state == Unfinished {
+		return false, nil
+	}
+	return state == Complete && err == nil, err
+}
+
+// resolve is judge, except that it finishes an unfinished version, which it reports.
+func (s *Storage) resolve(ctx context.Context, v version, seen snapshot) (_ snapshot, _ State, finished bool, _ error) {
 	for {
-		switch seen.state(s.now(), s.staleThreshold()) {
-		case complete:
-			return true, nil
-		case unfinished:
-		default:
-			return false, nil
+		var state State
+		var err error
+		seen, state, err = s.judge(ctx, v, seen)
+		if state != Unfinished || err != nil {
+			return seen, state, false, err
 		}
-		err := s.finish(ctx, v, seen)
-		switch {
-		case err == nil:
-			return true, nil
-		case isForbidden(err):
-			return false, nil
-		case !isRefused(err) && !isAbsent(err):
-			return false, err
+		// All three objects are of one save and nobody replaces them, so it matters
+		// neither whether that save is dead nor who else finishes it.
+		_, err = s.bucket.clear(ctx, v, extMod, ifUnchanged(seen.mod))
+		if err == nil {
+			s.log.InfoContext(ctx, "finished an abandoned save", "module", v.module, "version", v.version)
+			return seen, Complete, true, nil
 		}
-		// Somebody was there before: finished it as well, came back, or deleted it.
-		now, readErr := s.look(ctx, v)
-		if readErr != nil {
-			return false, readErr
+		if !isRefused(err) && !isAbsent(err) {
+			return seen, state, false, err
 		}
-		if sameObject(seen.mod, now.mod) {
-			return false, err // refused for another reason than its condition
+		again, lookErr := s.bucket.look(ctx, v)
+		if lookErr != nil {
+			return seen, state, false, lookErr
 		}
-		seen = now
+		if again.equals(seen) {
+			return seen, state, false, err // refused for another reason than its condition
+		}
+		seen = again
 	}
 }
 
-// finish does the last step of the save that left the unfinished version behind.
-// All three objects are that save's and whole, and nobody replaces them, so it
-// matters neither whether the save is dead nor who else finishes it.
-func (s *Storage) finish(ctx context.Context, v version, seen snapshot) error {
-	metagen := seen.mod.Metageneration
-	cond := storage.Conditions{GenerationMatch: seen.mod.Generation, MetagenerationMatch: metagen}
-	if err := s.update(ctx, v, extMod, cond, map[string]string{}, &metagen); err != nil {
-		return err
+// judge returns the state of a version that was listed, and the listing that shows
+// it. A version whose objects name another .mod was copied from another bucket, or
+// listed while it was replaced. In the second case a second listing differs.
+func (s *Storage) judge(ctx context.Context, v version, seen snapshot) (snapshot, State, error) {
+	for {
+		state := s.state(seen)
+		if _, marked := readMarker(seen.mod); state != Partial || marked || !seen.whole() {
+			return seen, state, nil
+		}
+		again, err := s.bucket.look(ctx, v)
+		if err != nil {
+			return seen, state, err
+		}
+		if again.equals(seen) {
+			return seen, Complete, nil
+		}
+		seen = again
 	}
-	s.log.InfoContext(ctx, "finished an abandoned save", "module", v.module, "version", v.version)
-	return nil
 }

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"strings"
+	"time"
 
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/googleapi"
@@ -17,7 +19,7 @@ import (
 
 // The kinds of errors. They are HTTP status codes, and those that Athens uses.
 const (
-	KindNotFound       = http.StatusNotFound            // there is no such object, or nothing to delete
+	KindNotFound       = http.StatusNotFound            // the object, the version or the bucket does not exist
 	KindBadRequest     = http.StatusBadRequest          // the arguments are at fault
 	KindUnexpected     = http.StatusInternalServerError // anything else
 	KindAlreadyExists  = http.StatusConflict            // the version is complete
@@ -29,7 +31,7 @@ const (
 type Error struct {
 	Op              string // the call, such as "gcs.Save"
 	Kind            int    // one of the constants
-	Module, Version string // what it was about; Version is empty when it was a whole module, both when it was the bucket
+	Module, Version string // Version is empty for a whole module, both are empty for the bucket
 	Err             error  // the cause
 }
 
@@ -48,6 +50,12 @@ func (e *Error) Error() string {
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
+// Is makes errors.Is report true for [fs.ErrNotExist] if the kind is
+// KindNotFound, and for [fs.ErrExist] if it is KindAlreadyExists.
+func (e *Error) Is(target error) bool {
+	return e.Kind == KindNotFound && target == fs.ErrNotExist || e.Kind == KindAlreadyExists && target == fs.ErrExist
+}
+
 // Kind returns the kind of the first [*Error] in err's tree, KindUnexpected when
 // there is none, and 0 when err is nil.
 func Kind(err error) int {
@@ -65,36 +73,35 @@ func Kind(err error) int {
 // Is reports whether err is an error of that kind.
 func Is(err error, kind int) bool { return err != nil && Kind(err) == kind }
 
-// A verdict is a cause that decides the kind by itself.
-type verdict struct {
+// A kindError is a cause that decides the kind by itself.
+type kindError struct {
 	kind int
 	error
 }
 
-func (v verdict) Unwrap() error { return v.error }
+func (e kindError) Unwrap() error { return e.error }
 
 func badRequest(what string, err error) error {
-	return verdict{KindBadRequest, fmt.Errorf("the %s %w", what, err)}
+	return kindError{KindBadRequest, fmt.Errorf("the %s %w", what, err)}
 }
 
-var (
-	errExists   error = verdict{KindAlreadyExists, errors.New("the version is stored already")}
-	errFinished error = verdict{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
-)
+// A readError is an error of the caller's reader. Its kind elsewhere does not matter.
+type readError struct{ error }
 
-// fail makes the error of a call out of its cause, and nil out of nil.
-func fail(ctx context.Context, op string, v version, err error) error {
-	if err == nil {
-		return nil
-	}
-	e := &Error{Op: "gcs." + op, Kind: KindUnexpected, Module: v.module, Version: v.version, Err: err}
-	var decided verdict
+func (e readError) Error() string { return "reading the zip: " + e.error.Error() }
+func (e readError) Unwrap() error { return e.error }
+
+// newError returns the *Error of a call that failed with that cause.
+func newError(ctx context.Context, op, module, version string, err error) *Error {
+	e := &Error{Op: "gcs." + op, Kind: KindUnexpected, Module: module, Version: version, Err: err}
+	var decided kindError
 	var read readError
-	if errors.As(err, &decided) && !errors.As(err, &read) {
+	reading := errors.As(err, &read)
+	ended := ctx.Err()
+	switch {
+	case !reading && errors.As(err, &decided):
 		e.Kind = decided.kind
-		return e
-	}
-	if ended := ctx.Err(); ended != nil {
+	case ended != nil:
 		// Over gRPC an ended context arrives as a status that does not wrap it.
 		if !errors.Is(err, ended) {
 			e.Err = fmt.Errorf("%w: %w", ended, err)
@@ -102,9 +109,10 @@ func fail(ctx context.Context, op string, v version, err error) error {
 		if errors.Is(ended, context.DeadlineExceeded) {
 			e.Kind = KindGatewayTimeout
 		}
-		return e
-	}
-	if hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted) {
+	case reading:
+	case isAbsent(err):
+		e.Kind = KindNotFound
+	case hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted):
 		e.Kind = KindRateLimit
 	}
 	return e
@@ -121,38 +129,48 @@ func hasCode(err error, httpCode int, grpcCode codes.Code) bool {
 	return ok && err != nil && s.Code() == grpcCode
 }
 
-// isRefused reports whether GCS refused the request's precondition. There are
-// other reasons for the same answer, and the request may have been applied by an
-// earlier try, so whoever gets it reads back before deciding anything.
+// isRefused reports whether GCS refused the request's precondition. The same
+// answer has other reasons too, and an earlier try may have been applied. So the
+// caller reads back before it decides.
 func isRefused(err error) bool {
 	return hasCode(err, http.StatusPreconditionFailed, codes.FailedPrecondition)
 }
 
-// isAbsent reports whether the object is not there, or the bucket is not.
-func isAbsent(err error) bool { return errors.Is(err, storage.ErrObjectNotExist) }
+// isAbsent reports whether the object or the bucket does not exist.
+func isAbsent(err error) bool {
+	return errors.Is(err, storage.ErrObjectNotExist) || errors.Is(err, storage.ErrBucketNotExist) ||
+		hasCode(err, http.StatusNotFound, codes.NotFound)
+}
 
 func isForbidden(err error) bool {
 	return hasCode(err, http.StatusForbidden, codes.PermissionDenied)
 }
 
-// isTransient reports whether a request may succeed when it is made again. To
-// what the client thinks so of, it adds the ends of a connection without an
-// answer or in the middle of one, and the conflict with another change of the
-// same object at the same moment (https://cloud.google.com/storage/docs/json_api/v1/status-codes#409_Conflict).
+// isTransient reports whether a request is worth retrying: what the client would
+// retry, connections closed without a response or in the middle of one, and
+// conflicts with another change of the same object at the same moment
+// (https://cloud.google.com/storage/docs/json_api/v1/status-codes#409_Conflict).
 func isTransient(err error) bool {
 	if hasCode(err, http.StatusNotImplemented, codes.Unimplemented) {
-		return false // and will not be, though the client tries on, as with any 5xx
+		return false // the client retries every 5xx, but this one stays
 	}
 	var syntax *json.SyntaxError
 	return storage.ShouldRetry(err) || errors.Is(err, io.EOF) || errors.As(err, &syntax) ||
 		hasCode(err, http.StatusConflict, codes.Aborted)
 }
 
-// needs names the permission in an error that says it is missing.
-func needs(err error, permission string) error {
-	// A retention policy refuses with the same code, to whomever.
+// withPermission adds to an error that refuses access which permission is missing.
+func withPermission(err error, permission string) error {
+	// A retention policy refuses with the same code, whoever asks.
 	if !isForbidden(err) || strings.Contains(err.Error(), "etention") {
 		return err
 	}
 	return fmt.Errorf("the caller needs %s on the bucket, which roles/storage.objectUser holds: %w", permission, err)
+}
+
+// hasEnded reports whether ctx has ended. A deadline that has come ends it, also
+// while its timer has not fired yet.
+func hasEnded(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }

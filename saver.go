@@ -14,33 +14,42 @@ import (
 
 // Save stores a version: the go.mod file, the zip, and the info file.
 //
-// It returns nil when this call stored all three, and an error of
-// KindAlreadyExists when the version is complete and nothing that this call wrote
-// remains. Either way, all three can be read at once. While another save of the
-// version is under way, on whatever machine, Save waits for it. It takes the
-// version over when that save fails, or stops renewing its marker and so is
-// presumed dead. Of any number of calls that do not fail, one returns nil.
+// It returns nil when this call stored all three, and an error of KindAlreadyExists
+// when the version is complete and nothing that this call wrote remains. Either
+// way, all three can be read at once. While another save of the version is under
+// way, on whatever machine, Save waits for it. It takes the version over when that
+// save fails, or stops renewing its marker. Of any number of calls that do not
+// fail, one returns nil. Two exceptions follow from deletes: if another call
+// finishes this save, and the version is deleted before this call has its answer,
+// this call stores the version again, or returns the KindAlreadyExists of the next
+// save.
 //
-// zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that
-// does not match it is KindBadRequest, as is a nil zip.
+// zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that does
+// not match it is KindBadRequest, and so is a nil zip.
 //
-// After any other error the version is not complete, except if only the answer to
-// the last request was lost. The next Save can proceed at once, and replaces what
-// this one left behind; if this one could not reach the bucket for 15 s to give its
+// After any other error the next Save can proceed at once. It replaces what this one
+// left behind; but if only the last step failed, it does that step, and returns
+// KindAlreadyExists. If this call could not reach the bucket for 15 s to give its
 // marker up, the next has to wait for the stale threshold, as after a crash.
 //
 // A zip over 1 MiB (or over the chunk size, if that is less) whose reader is not an
-// [io.Seeker] can be sent only once. Its save fails if it has to be sent again:
-// because the upload could not be started or broke off for good, or because another
-// save took the version over and failed too.
+// [io.Seeker] can be sent once. Its save fails if it has to be sent again: because
+// the upload could not be started or broke off for good, or because another save
+// took the version over and failed too.
+//
+// The zip is read in the caller's goroutine. Between two reads Save looks at its
+// context; a Read that blocks cannot be interrupted. A hundred reads in a row that
+// return nothing are io.ErrNoProgress. If Read panics, the marker is given up, and
+// the panic goes on.
 //
 // Save makes 5 requests for a new version, 3 of them one after another, and 2 at
-// once for a complete version (or 3, if it became complete at that moment). It
-// holds a zip of up to 1 MiB in memory, and one chunk of a larger one. It returns
-// only after zip's Read has returned, and leaves no goroutine behind.
+// once for a complete version (or 3, if it became complete at that moment). It holds
+// a zip of up to 1 MiB in memory, and one chunk of a larger one. It leaves no
+// goroutine behind. It is safe for concurrent use.
 func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
-	v, err := newVersion(module, vers)
-	ctx, o := s.begin(ctx, "Save", v)
+	v := version{module, vers}
+	ctx, c := s.begin(ctx, "Save", v)
+	err := s.bucket.check(v)
 	if err == nil && zip == nil {
 		err = badRequest("zip", errors.New("is nil"))
 	}
@@ -48,33 +57,57 @@ func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip
 		err = ctx.Err()
 	}
 	if err == nil {
-		z := newSource(zip, zipMD5, min(maxWhole, s.chunkSize))
-		o.outcome, err = s.save(ctx, v, mod, z, info)
+		g := &saving{s: s, v: v, mod: mod, info: info, waiter: waiter{s: s, v: v}}
+		g.zip = newSource(zip, zipMD5, min(maxWhole, s.bucket.chunkSize))
+		c.outcome, err = g.run(ctx)
+		g.waiter.end(ctx)
 	}
-	err = o.end(err)
-	s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", o.outcome)))
+	err = c.end(err)
+	s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", c.outcome)))
 	return err
 }
 
-// save makes attempts until one of them is not fenced.
-func (s *Storage) save(ctx context.Context, v version, mod []byte, z *source, info []byte) (outcome string, err error) {
-	for fenced := false; ; fenced = true {
-		outcome, err = s.saveOnce(ctx, v, mod, z, info, fenced)
-		if !errors.Is(err, errFenced) {
-			return outcome, err
-		}
-		s.log.WarnContext(ctx, "fenced during a save", "module", v.module, "version", v.version)
-	}
+var (
+	errExists   error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
+	errFinished error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
+	// errSpent is why a fenced save can end without having stored anything.
+	errSpent = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
+	// errCutShort means that an object of this save is there which is not whole.
+	errCutShort = errors.New("the server keeps an upload that was cut short")
+	// errPanicked stands for the error of a step that has not returned.
+	errPanicked = errors.New("the zip's reader panicked")
+)
+
+// maxRefused is how often in a row a save takes a refused precondition for
+// somebody else's doing.
+const maxRefused = 10
+
+// A saving is one call of Save.
+type saving struct {
+	s         *Storage
+	v         version
+	mod, info []byte
+	zip       *source
+	waiter    waiter
+
+	lease   lease                // on the .mod
+	seen    snapshot             // the last listing; its .info and .zip are replaced
+	before  State                // what the version was before this save
+	fenced  bool                 // this call has held the version before
+	last    *storage.ObjectAttrs // the .mod as it was last seen to change
+	changed time.Time            // when
 }
 
-// saveOnce holds the version, stores .info and .zip, and commits.
-func (s *Storage) saveOnce(ctx context.Context, v version, mod []byte, z *source, info []byte, fenced bool) (outcome string, err error) {
-	h, err := s.hold(ctx, v, mod, z, fenced)
-	if err == nil {
-		err = h.complete(ctx, z, info)
-	}
-	if err == nil {
-		s.sweep(ctx, v, h.seen)
+// run makes attempts until one of them is not fenced.
+func (g *saving) run(ctx context.Context) (outcome string, err error) {
+	for {
+		g.lease = g.s.newLease(g.v, extMod, g.mod, g.s.staleThreshold())
+		err = g.attempt(ctx)
+		if !errors.Is(err, errFenced) {
+			break
+		}
+		g.fenced = true
+		g.s.log.WarnContext(ctx, "fenced during a save", "module", g.v.module, "version", g.v.version)
 	}
 	switch {
 	case errors.Is(err, errFinished):
@@ -83,239 +116,220 @@ func (s *Storage) saveOnce(ctx context.Context, v version, mod []byte, z *source
 		return outcomeExisted, err
 	case err != nil:
 		return outcomeFailed, err
-	case h.before != absent:
-		s.log.InfoContext(ctx, "healed a version", "module", v.module, "version", v.version, "found", h.before.String())
+	case g.before != Absent:
+		g.s.log.InfoContext(ctx, "healed a version", "module", g.v.module, "version", g.v.version, "found", g.before.String())
 		return outcomeTookOver, nil
 	default:
 		return outcomeStored, nil
 	}
 }
 
-// A holding is a save that holds its version: the live .mod is its own, and
-// carries its marker.
-type holding struct {
-	lease
-	seen   snapshot // the last listing; its .info and .zip are what this save replaces
-	before state    // what the version was before this save
+// attempt holds the version, stores .info and .zip, and commits. If one of these
+// fails, or panics, it gives the version up.
+func (g *saving) attempt(ctx context.Context) (err error) {
+	err = errPanicked
+	stored := false
+	defer func() { err = g.release(ctx, stored, err) }()
+	if holdErr := g.hold(ctx); holdErr != nil {
+		return holdErr
+	}
+	if storeErr := g.store(ctx); storeErr != nil {
+		return storeErr
+	}
+	stored = true
+	return g.lease.commit(ctx)
 }
 
-// maxRefused is how often in a row a save takes a refused condition for
-// somebody else's doing.
-const maxRefused = 10
-
-// errSpent is why a fenced save can end without a verdict.
-var errSpent = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
-
-// hold writes the .mod with this save's marker, unless another save is at work
-// on the version, for which it waits. It returns errExists when the version is
-// complete. fenced says that this call has held the version before.
-func (s *Storage) hold(ctx context.Context, v version, mod []byte, z *source, fenced bool) (*holding, error) {
-	h := &holding{lease: lease{s: s, v: v, ext: extMod, id: newSaveID()}}
-	if held, err := h.create(ctx, mod, z); held || err != nil {
-		return h, err
-	}
-	start, refused := time.Now(), 0
-	var last *storage.ObjectAttrs // the .mod as it was last seen to change,
-	var changed time.Time         // when,
-	var sightings int             // and how often it has been seen so
-	for {
-		if sightings++; sightings == 1 || !sameObject(last, h.seen.mod) {
-			last, changed, sightings = h.seen.mod, time.Now(), 1
+// hold makes the live .mod this save's own, unless another save is at work, for
+// which it waits. It returns errExists when the version is complete.
+func (g *saving) hold(ctx context.Context) error {
+	held, err := g.create(ctx)
+	for refused := 0; !held && err == nil; {
+		if g.lease.recover(g.seen.mod) { // a request whose answer was lost wrote it
+			return g.confirm(ctx)
 		}
-		if h.adopt(h.seen.mod) { // written by a request whose answer was lost
-			return h, nil
+		var finished bool
+		if g.seen, g.before, finished, err = g.s.resolve(ctx, g.v, g.seen); err != nil {
+			return err
 		}
-		h.tries = 0 // none of which was applied
-		h.before = h.seen.state(s.now(), s.staleThreshold())
-		if h.before == abandoned && fenced && !isGivenUp(last) && time.Since(changed) < s.staleThreshold() {
-			// Whoever fenced this save was alive, though by this machine's clock
-			// or threshold he is not. Two that took over from each other at once
-			// would never end.
-			h.before = inProgress
-		}
-		var err error
 		switch {
-		case h.before == complete:
-			return nil, errExists
-
-		case h.before == inProgress:
+		case finished:
+			return errFinished
+		case g.before == Complete:
+			return errExists
+		case g.before == InProgress || g.mustWait():
 			refused = 0
-			if err := s.waitForAnother(ctx, start); err != nil {
-				return nil, err
-			}
-
-		case h.before == unfinished:
-			if err = s.finish(ctx, v, h.seen); err == nil {
-				return nil, errFinished
-			}
-
-		case !z.ready():
-			return nil, errSpent
-
-		case h.seen.mod != nil && sightings == 1:
-			// What a listing does not show may have come while it was made,
-			// and the version be complete. If so, the .mod has changed.
-
-		default: // absent, partial, abandoned
-			if err = h.take(ctx, mod, h.seen.mod); err == nil {
-				return h, h.lookAtLeftovers(ctx)
+			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
+		case !g.zip.ready():
+			return errSpent
+		default: // Absent, Partial, Abandoned
+			held, err = g.takeOver(ctx)
+			if isRefused(err) && refused < maxRefused {
+				refused, err = refused+1, nil
 			}
 		}
-		if err != nil {
-			if refused++; !isRefused(err) && !isAbsent(err) || refused > maxRefused {
-				return nil, h.giveUpAfter(ctx, err, false)
-			}
-		}
-		if h.seen, err = s.look(ctx, v); err != nil {
-			return nil, h.giveUpAfter(ctx, err, false)
+		if !held && err == nil {
+			g.seen, err = g.s.bucket.look(ctx, g.v)
 		}
 	}
-}
-
-// waitForAnother pauses until it is worth looking again, for one who has waited
-// for another's save since start.
-func (s *Storage) waitForAnother(ctx context.Context, start time.Time) error {
-	now := time.Now()
-	defer func() { s.telemetry.waited.Add(ctx, time.Since(now).Seconds()) }()
-	return sleep(ctx, s.pollPause(now.Sub(start)))
-}
-
-// complete does what is left to do when the version is held.
-func (h *holding) complete(ctx context.Context, z *source, info []byte) error {
-	if err := h.store(ctx, z, info); err != nil {
-		return h.giveUpAfter(ctx, err, false)
-	}
-	if err := h.commit(ctx); err != nil {
-		return h.giveUpAfter(ctx, err, true)
-	}
-	return nil
+	return err
 }
 
 // create creates the .mod, if there is none, and lists the version at the same
 // time: most versions are new, and of most others the listing says that they are
 // complete. It reports whether the version is held now.
-func (h *holding) create(ctx context.Context, mod []byte, z *source) (held bool, err error) {
-	if !z.ready() {
-		h.seen, err = h.s.look(ctx, h.v)
+func (g *saving) create(ctx context.Context) (held bool, err error) {
+	if g.fenced { // the .mod is another's, or was
+		g.seen, err = g.s.bucket.look(ctx, g.v)
 		return false, err
 	}
 	var group errgroup.Group
-	group.Go(func() error { return h.take(ctx, mod, nil) })
-	h.seen, err = h.s.look(ctx, h.v)
+	group.Go(func() error { return g.lease.acquire(ctx, nil) })
+	g.seen, err = g.s.bucket.look(ctx, g.v)
 	createErr := group.Wait()
 	switch {
-	case createErr == nil && err == nil:
-		if !h.seen.empty() && !h.holds(h.seen.mod) {
-			err = h.lookAtLeftovers(ctx)
-		}
-		if h.seen.info != nil || h.seen.zip != nil {
-			h.before = partial
-		}
-		return true, err
-	case isRefused(createErr) && err == nil:
-		// The listing may have come before what the create met, which can be
-		// what an earlier try of it has created.
-		if h.seen.mod == nil || h.tries > 1 {
-			h.seen, err = h.s.look(ctx, h.v)
-		}
 	case createErr != nil && !isRefused(createErr):
-		err = createErr
+		return false, createErr
+	case err != nil:
+		return false, err
+	case createErr == nil:
+		return true, g.confirm(ctx)
+	case g.seen.mod == nil || g.lease.sent > 0:
+		// The listing may be older than what the create met, which may be what an
+		// earlier try of it has created.
+		g.seen, err = g.s.bucket.look(ctx, g.v)
 	}
-	if err != nil {
-		return false, h.giveUpAfter(ctx, err, false)
-	}
-	return false, nil
+	return false, err
 }
 
-// lookAtLeftovers takes the snapshot whose .info and .zip are replaced. It is
-// good for that only if the .mod in it is this save's: what is there was then
-// written by earlier holders, not by one who has taken over since.
-func (h *holding) lookAtLeftovers(ctx context.Context) error {
-	seen, err := h.s.look(ctx, h.v)
-	if err != nil {
-		return h.giveUpAfter(ctx, err, false)
+// confirm makes sure that .info and .zip of a listing that ended after the .mod was
+// written are leftovers. If the .mod is still this save's own after the listing,
+// nobody has taken over before, so they are not a successor's.
+func (g *saving) confirm(ctx context.Context) error {
+	if g.seen.info == nil && g.seen.zip == nil {
+		return nil
 	}
-	h.seen = seen
-	if !h.holds(seen.mod) {
-		return errFenced
+	g.before = Partial
+	return g.lease.isHeld(ctx)
+}
+
+// takeOver writes the .mod anew, over what was listed. A listing can miss what
+// comes while it is made, and the version be complete. So two in a row have to show
+// the same. What they showed is older than this save's .mod, so .info and .zip
+// are leftovers.
+func (g *saving) takeOver(ctx context.Context) (held bool, err error) {
+	if g.before != Absent {
+		again, err := g.s.bucket.look(ctx, g.v)
+		if err != nil || !again.equals(g.seen) {
+			return false, err
+		}
+	}
+	if err = g.lease.acquire(ctx, g.seen.mod); err != nil {
+		return false, err
+	}
+	g.s.tookOver(ctx, g.v, "save", g.seen.mod)
+	return true, nil
+}
+
+// mustWait reports whether to believe a marker that looks stale. Two saves that
+// each think the other dead would take over from each other for ever. So a save
+// that was fenced waits until the .mod has not changed for the threshold.
+func (g *saving) mustWait() bool {
+	if !sameObject(g.last, g.seen.mod) {
+		g.last, g.changed = g.seen.mod, time.Now()
+	}
+	m, _ := readMarker(g.seen.mod)
+	return g.fenced && g.before == Abandoned && !m.isGivenUp() && time.Since(g.changed) < g.s.staleThreshold()
+}
+
+// store uploads .info and .zip while it keeps the marker fresh.
+func (g *saving) store(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := g.lease.keepRenewed(ctx, cancel, func() { g.s.telemetry.renewalsFailed.Add(ctx, 1) })
+	var group errgroup.Group
+	returned := false
+	defer func() {
+		if !returned {
+			cancel(errPanicked)
+		}
+		group.Wait()
+		stop() // a renewal in flight would be refused, but make the commit ask why
+		cancel(nil)
+	}()
+	place := func(ext string, old *storage.ObjectAttrs, z *source) error {
+		err := g.place(ctx, ext, old, z)
+		if err != nil {
+			cancel(err)
+		}
+		return err
+	}
+	group.Go(func() error { return place(extInfo, g.seen.info, bytesSource(g.info)) })
+	zipErr := place(extZip, g.seen.zip, g.zip)
+	returned = true
+	if group.Wait() != nil || zipErr != nil {
+		return context.Cause(ctx) // the first failure
 	}
 	return nil
 }
 
-// store uploads .info and .zip while it keeps the marker fresh.
-func (h *holding) store(ctx context.Context, z *source, info []byte) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := h.keep(ctx, cancel)
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.Go(func() error { return h.place(groupCtx, extZip, h.seen.zip, z) })
-	group.Go(func() error { return h.place(groupCtx, extInfo, h.seen.info, bytesSource(info)) })
-	err := group.Wait()
-	stop() // a renewal still on its way would be refused, but make the commit ask why
-	if errors.Is(context.Cause(ctx), errFenced) {
-		return errFenced
-	}
-	return err
-}
-
-// place uploads one object, over old or whatever it finds in its stead. That can
-// be an object of a save that was thought dead, or of a request of this save
-// whose answer was lost.
-func (h *holding) place(ctx context.Context, ext string, old *storage.ObjectAttrs, z *source) error {
-	if err := z.load(); err != nil {
+// place uploads one object, over old or whatever is there in its stead: an object
+// of a save that was thought dead, or of a request of this save whose answer was
+// lost.
+func (g *saving) place(ctx context.Context, ext string, old *storage.ObjectAttrs, z *source) error {
+	if err := z.load(ctx); err != nil {
 		return err
 	}
-	metadata := map[string]string{keySaveID: h.id, keyGeneration: formatGeneration(h.gen)}
+	metadata := map[string]string{keySaveID: g.lease.id, keyGeneration: formatGeneration(g.lease.gen)}
 	for refused := 0; ; refused++ {
-		err := h.s.send(ctx, h.v, ext, onlyOver(old), metadata, z)
-		if err == nil || ctx.Err() != nil || z.err != nil {
+		err := g.upload(ctx, ext, ifNotReplaced(old), metadata, z)
+		again := isRefused(err) || !z.whole && (isTransient(err) || errors.Is(err, errHung))
+		if err == nil || ctx.Err() != nil || z.err != nil || !again {
 			return err
 		}
-		if !isRefused(err) && !isTransient(err) && !errors.Is(err, errHung) {
-			return err
+		// The .mod is read last: if it is still this save's own, the object is not
+		// a successor's.
+		seen, readErr := g.s.bucket.attrs(ctx, g.v, ext)
+		if readErr == nil {
+			readErr = g.lease.isHeld(ctx)
 		}
-		seen, lookErr := h.s.look(ctx, h.v)
-		if lookErr != nil {
-			return lookErr
-		}
-		if !h.holds(seen.mod) {
-			return errFenced
-		}
-		now := *seen.slot(ext)
-		if now != nil && now.Metadata[keySaveID] == h.id && now.Size == z.size {
+		switch {
+		case readErr != nil:
+			return readErr
+		case seen != nil && seen.Metadata[keySaveID] == g.lease.id && z.isWhole(seen.Size):
 			return nil
-		}
-		if !z.ready() || refused == maxRefused || isRefused(err) && sameObject(old, now) {
+		case seen != nil && seen.Metadata[keySaveID] == g.lease.id:
+			return errCutShort // and not replaced: somebody may have finished the version
+		case isRefused(err) && seen != nil && sameObject(old, seen):
+			return err // refused for another reason than its condition
+		case refused == maxRefused || !z.ready():
 			return err
 		}
-		old = now
+		old = seen
 	}
 }
 
-// giveUpAfter gives the version up and returns err. A version that turns out to be
-// complete, with all that this save stored, has not failed.
-func (h *holding) giveUpAfter(ctx context.Context, err error, stored bool) error {
-	if errors.Is(err, errFenced) {
-		return err
+func (g *saving) upload(ctx context.Context, ext string, cond storage.Conditions, metadata map[string]string, z *source) error {
+	if !z.whole {
+		return g.s.bucket.stream(ctx, g.v, cond, metadata, z)
 	}
-	giveUpErr := h.giveUp(ctx, stored)
-	if stored && errors.Is(giveUpErr, errReleased) {
-		return nil
-	}
-	if giveUpErr != nil && !errors.Is(giveUpErr, errReleased) {
-		h.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
-			"module", h.v.module, "version", h.v.version, "error", giveUpErr)
-	}
+	_, err := g.s.bucket.put(ctx, g.v, ext, cond, func() map[string]string { return metadata }, z.head)
 	return err
 }
 
-// pollPause is how long a save that has waited so long for another waits until
-// it looks again. Most saves take a fraction of a second; of a long one, nobody
-// wants to be told late, and a request a second for all who wait would be many.
-func (s *Storage) pollPause(waited time.Duration) time.Duration {
-	pause := max(waited, 100*time.Millisecond)
-	if waited > 1500*time.Millisecond {
-		pause = min(max(waited/10, 1600*time.Millisecond), 2*time.Second)
+// release gives the version up after a failure, and returns the error of the save.
+// If the marker is cleared, somebody found all three objects of this save and has
+// finished it: the save has not failed.
+func (g *saving) release(ctx context.Context, stored bool, err error) error {
+	if err == nil || errors.Is(err, errFenced) {
+		return err
 	}
-	return pause - s.rand(pause/20)
+	releaseErr := g.lease.release(ctx, stored)
+	switch {
+	case errors.Is(releaseErr, errCleared) && g.zip.err == nil:
+		return nil
+	case releaseErr != nil:
+		g.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
+			"module", g.v.module, "version", g.v.version, "error", releaseErr)
+	}
+	return err
 }

@@ -2,32 +2,41 @@ package gcs
 
 import (
 	"bytes"
+	"context"
 	"crypto/md5"
 	"fmt"
 	"io"
+	"slices"
 )
 
-// blockSize is what a zip in memory is read by: no block is ever copied to a
-// larger one.
-const blockSize = 64 << 10
+const (
+	// maxWhole is the largest zip that is held in memory as a whole, which spares
+	// it the chunk and allows it to be sent twice.
+	maxWhole = 1 << 20
+	// blockSize is what a zip is read by.
+	blockSize = 32 << 10
+	// maxEmptyReads is how many reads in a row may return nothing.
+	maxEmptyReads = 100
+)
 
-// A source is the zip that a save was given. Its head is read ahead: a small zip
-// is then in memory as a whole, and can be sent any number of times. A larger
-// one is sent as it is read, and can be sent again only if its reader can seek.
+// A source is a file to upload. Its head is read ahead: a small zip is then in
+// memory as a whole, and can be sent any number of times. A larger one is sent as
+// it is read, and can be sent again only if its reader can seek.
 type source struct {
 	r     io.Reader
 	md5   []byte // what the zip must hash to, nil for anything
 	limit int    // how large a small zip may be
 	start int64  // where the zip starts in a reader that can seek, -1 in another
 
-	loaded bool
-	head   [][]byte // the first blocks, until they are sent if that is not all
-	whole  bool     // head is the whole zip
-	spent  bool     // bytes that are not in head were read
-	size   int64    // bytes read since the start of the zip
-	err    error    // what the reader or the check failed with
+	head   []byte  // the first bytes, until they are sent if they are not all
+	whole  bool    // head is the whole file
+	spent  bool    // bytes that are not in head were read
+	read   int64   // bytes read since the start of the zip
+	passes []int64 // sizes of the zip, each time that it was read to its end
+	err    error   // what the reader or the check failed with
 }
 
+// newSource returns the source of a zip. It reads nothing.
 func newSource(r io.Reader, sum []byte, limit int) *source {
 	z := &source{r: r, limit: limit, start: -1}
 	if len(sum) == md5.Size {
@@ -41,49 +50,35 @@ func newSource(r io.Reader, sum []byte, limit int) *source {
 	return z
 }
 
-// bytesSource is a source that is loaded.
+// bytesSource returns the source of a file that is in memory.
 func bytesSource(b []byte) *source {
-	return &source{head: [][]byte{b}, size: int64(len(b)), loaded: true, whole: true}
+	return &source{head: b, whole: true, passes: []int64{int64(len(b))}}
 }
 
 // load reads ahead, once, and checks a small zip.
-func (z *source) load() error {
-	if z.loaded {
+func (z *source) load(ctx context.Context) error {
+	if z.whole || z.spent || z.err != nil {
 		return z.err
 	}
-	z.loaded = true
-	for z.size <= int64(z.limit) {
-		block := make([]byte, blockSize)
-		n, err := z.fill(block)
-		z.head = append(z.head, block[:n])
-		if err == io.EOF {
+	for size := min(blockSize, z.limit+1); ; size = min(4*size, z.limit+1) {
+		z.head = append(make([]byte, 0, size), z.head...)
+		n, err := z.fill(ctx, z.head[len(z.head):size])
+		z.head = z.head[:len(z.head)+n]
+		switch {
+		case err == io.EOF:
 			z.whole = true
 			return z.check()
-		}
-		if err != nil {
+		case err != nil || len(z.head) > z.limit:
+			z.spent = true
 			return err
 		}
 	}
-	return nil
 }
-
-// A readError is one of the caller's reader, whatever kind it would be elsewhere.
-type readError struct{ err error }
-
-func (e readError) Error() string { return "reading the zip: " + e.err.Error() }
-func (e readError) Unwrap() error { return e.err }
 
 // check compares the hash of a zip in memory with what it must be.
 func (z *source) check() error {
-	if z.md5 == nil {
-		return nil
-	}
-	h := md5.New()
-	for _, block := range z.head {
-		h.Write(block)
-	}
-	if sum := h.Sum(nil); !bytes.Equal(sum, z.md5) {
-		z.err = z.mismatch(sum)
+	if sum := md5.Sum(z.head); z.md5 != nil && !bytes.Equal(sum[:], z.md5) {
+		z.err = z.mismatch(sum[:])
 	}
 	return z.err
 }
@@ -92,41 +87,46 @@ func (z *source) mismatch(sum []byte) error {
 	return badRequest("zip", fmt.Errorf("has the MD5 %x, and not %x", sum, z.md5))
 }
 
-// fill is io.ReadFull, except that an io.ErrUnexpectedEOF of the reader itself
-// remains a failure.
-func (z *source) fill(block []byte) (n int, err error) {
-	for n < len(block) && err == nil {
+// fill reads until p is full. Between reads the context decides whether to go on.
+// An io.EOF is the end of the zip, and any other error is kept.
+func (z *source) fill(ctx context.Context, p []byte) (n int, err error) {
+	for empty := 0; n < len(p); {
+		if err = ctx.Err(); err != nil {
+			return n, err
+		}
 		var m int
-		m, err = z.Read(block[n:])
-		n += m
+		m, err = z.r.Read(p[n:])
+		n, z.read = n+m, z.read+int64(m)
+		if empty++; m > 0 {
+			empty = 0
+		}
+		if err == nil && empty == maxEmptyReads {
+			err = io.ErrNoProgress
+		}
+		if err == io.EOF {
+			z.passes = append(z.passes, z.read)
+			return n, err
+		}
+		if err != nil {
+			z.err = readError{err}
+			return n, z.err
+		}
 	}
-	return n, err
-}
-
-// Read reads what is not in head.
-func (z *source) Read(p []byte) (int, error) {
-	n, err := z.r.Read(p)
-	z.size += int64(n)
-	if err != nil && err != io.EOF {
-		z.err = readError{err}
-		err = z.err
-	}
-	return n, err
+	return n, nil
 }
 
 // copyTo passes the whole zip to write.
-func (z *source) copyTo(write func([]byte) error) error {
+func (z *source) copyTo(ctx context.Context, write func([]byte) error) error {
 	head := z.head
-	z.head, z.spent = nil, true
-	for i, block := range head {
-		if err := write(block); err != nil {
+	z.head = nil
+	if len(head) > 0 {
+		if err := write(head); err != nil {
 			return err
 		}
-		head[i] = nil
 	}
 	block := make([]byte, blockSize)
 	for {
-		n, err := z.fill(block)
+		n, err := z.fill(ctx, block)
 		if n > 0 {
 			if err := write(block[:n]); err != nil {
 				return err
@@ -141,18 +141,24 @@ func (z *source) copyTo(write func([]byte) error) error {
 	}
 }
 
-// ready reports whether the whole zip can be sent, having made it so if its
-// reader can seek.
+// ready makes the source ready to be sent, again if need be, and reports whether
+// it is.
 func (z *source) ready() bool {
-	if !z.spent {
+	if z.err != nil {
+		return false
+	}
+	if !z.spent || z.head != nil {
 		return true
 	}
-	if z.start < 0 || z.err != nil {
+	if z.start < 0 {
 		return false
 	}
 	if _, err := z.r.(io.Seeker).Seek(z.start, io.SeekStart); err != nil {
 		return false
 	}
-	z.spent, z.size = false, 0
+	z.read = 0
 	return true
 }
+
+// isWhole reports whether an object of that size can be all of the file.
+func (z *source) isWhole(size int64) bool { return slices.Contains(z.passes, size) }

@@ -4,11 +4,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"sync"
 	"time"
 
 	"cloud.google.com/go/storage"
 	"golang.org/x/mod/semver"
+	"golang.org/x/sync/singleflight"
 )
 
 // A Stasher fetches a version of a module and saves it, and returns the version
@@ -18,147 +18,104 @@ type Stasher interface {
 	Stash(ctx context.Context, module, version string) (string, error)
 }
 
+const (
+	// claimFraction is what part of the stale threshold a claim is believed.
+	claimFraction = 4
+	// maxWait bounds how long a flight waits for others.
+	maxWait = 15 * time.Minute
+)
+
 // SingleFlight returns a Stasher that calls next once where many want the same
 // version at the same time: in this process, and on all machines that share the
-// bucket.
+// bucket. It panics if next is nil. The Stasher is safe for concurrent use.
 //
-// Callers of one process share one call, with the values of the first one's
-// context. A caller whose context ends stops waiting, and the others do not; the
-// call is cancelled when the last of them has gone, and may return after that.
+// A call of Stash starts a flight, or joins the one under way, whatever has become
+// of its context. A caller whose context ends stops waiting, and the flight goes on:
+// the version is stored all the same. A flight has the values of its first caller's
+// context, but not its end. It waits up to 15 minutes for others. next has to bound
+// itself.
 //
-// For a version, in contrast to a query, it first looks into the bucket. A
-// version that is complete is not fetched again; one that is being saved, or
-// fetched by another machine, is waited for. Before next is called, the version is
-// claimed, by an object beside its own, <module>/@v/<version>.lock, which is
-// renewed and goes stale as the marker of a save does (see
-// [Storage.SetStaleThreshold]), and is deleted afterwards. If the holder fails or
-// dies, one of those who wait is next; a caller that has waited for the stale
-// threshold, while two holders or more failed, waits no more. If claims
-// are not permitted, because the caller may not delete objects, the log says so
-// once, and each machine fetches for itself.
+// For a version, in contrast to a query, a flight first looks into the bucket. A
+// version that is complete is not fetched again; one that is being saved, or fetched
+// by another machine, is waited for. Before next is called, the version is claimed,
+// by an object beside its own, <module>/@v/<version>.lock, which is renewed as the
+// marker of a save is, and deleted afterwards. A claim goes stale after a quarter
+// of the stale threshold (see [Storage.SetStaleThreshold]). When its holder dies, one
+// of those who wait claims the version. When its holder fails, all who wait fetch
+// for themselves at once. If claims are not permitted, the log says so once, and
+// each machine fetches for itself.
 //
-// If next's error says KindAlreadyExists, in an error of this package or of
-// Athens, however wrapped, somebody else has saved the version, and the answer is
-// the version in that error. Any other error is passed on as it is.
+// If next's error is, or wraps, an [*Error] of KindAlreadyExists, somebody else has
+// saved the version, and the answer is the version in that error. Any other error is
+// passed on as it is.
 //
-// A call costs one request if the version is complete. Otherwise it makes 3 before
-// next, and 1 after it.
+// A call costs one request if the version is complete, and one more if a stale claim
+// has to be removed. Otherwise it makes 3 before next, and 1 after it.
 func (s *Storage) SingleFlight(next Stasher) Stasher {
-	return &singleFlight{s: s, next: next, flights: map[version]*flight{}}
+	if next == nil {
+		panic("gcs: SingleFlight: next is nil")
+	}
+	return &singleFlight{s: s, next: next}
 }
 
 // singleFlight is the Stasher that SingleFlight returns.
 type singleFlight struct {
-	s    *Storage
-	next Stasher
-
-	mu      sync.Mutex
-	flights map[version]*flight
-}
-
-// A flight is a call that callers of one process share.
-type flight struct {
-	callers int // guarded by singleFlight.mu
-	cancel  context.CancelFunc
-	done    chan struct{} // closed when the result is there
-	version string
-	err     error
+	s       *Storage
+	next    Stasher
+	flights singleflight.Group
 }
 
 func (sf *singleFlight) Stash(ctx context.Context, module, vers string) (string, error) {
 	v := version{module, vers}
-	ctx, o := sf.s.begin(ctx, "Stash", v)
-	if err := ctx.Err(); err != nil {
-		return "", o.end(err)
-	}
-	f := sf.join(ctx, v)
+	ctx, c := sf.s.begin(ctx, "Stash", v)
+	flightCtx := context.WithoutCancel(ctx)
+	done := sf.flights.DoChan(module+"\x00"+vers, func() (any, error) {
+		return sf.fly(flightCtx, v)
+	})
 	select {
-	case <-f.done:
-		o.close(f.err)
-		return f.version, f.err
+	case result := <-done:
+		c.close(result.Err)
+		saved, _ := result.Val.(string)
+		return saved, result.Err
 	case <-ctx.Done():
-		sf.leave(v, f)
-		return "", o.end(ctx.Err())
+		return "", c.end(ctx.Err())
 	}
 }
 
-// join returns the flight for the version, and starts one if there is none.
-func (sf *singleFlight) join(ctx context.Context, v version) *flight {
-	sf.mu.Lock()
-	defer sf.mu.Unlock()
-	if f := sf.flights[v]; f != nil {
-		f.callers++
-		return f
-	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	f := &flight{callers: 1, cancel: cancel, done: make(chan struct{})}
-	sf.flights[v] = f
-	go func() {
-		defer cancel()
-		defer func() {
-			sf.mu.Lock()
-			if sf.flights[v] == f {
-				delete(sf.flights, v)
-			}
-			sf.mu.Unlock()
-			close(f.done)
-		}()
-		f.err = fail(ctx, "Stash", v, errGone) // unless it returns
-		f.version, f.err = sf.s.stash(ctx, sf.next, v)
-	}()
-	return f
-}
-
-// errGone is why there is no result of a next that ended its goroutine.
-var errGone = errors.New("the stasher did not return")
-
-// leave cancels the flight when nobody waits for it any more. Who comes then
-// starts another.
-func (sf *singleFlight) leave(v version, f *flight) {
-	sf.mu.Lock()
-	defer sf.mu.Unlock()
-	if f.callers--; f.callers == 0 {
-		f.cancel()
-		if sf.flights[v] == f {
-			delete(sf.flights, v)
-		}
-	}
-}
-
-// stash calls next for a version that is neither complete nor another's to fetch.
-func (s *Storage) stash(ctx context.Context, next Stasher, v version) (string, error) {
+// fly calls next for a version that is neither complete nor another's to fetch.
+func (sf *singleFlight) fly(ctx context.Context, v version) (string, error) {
+	s := sf.s
 	if !isVersion(v.version) {
-		// Another machine cannot know what it resolves to.
-		return fetch(ctx, next, v)
+		return sf.fetch(ctx, v) // another machine cannot know what it resolves to
 	}
-	claim, done, err := s.claim(ctx, v)
-	if err != nil {
-		return "", fail(ctx, "Stash", v, err)
-	}
-	if done {
+	f := &flight{s: s, v: v, waiter: waiter{s: s, v: v}}
+	waitCtx, cancel := context.WithTimeout(ctx, maxWait)
+	held, complete, err := f.claim(waitCtx)
+	f.waiter.end(ctx)
+	cancel()
+	switch {
+	case err != nil:
+		return "", s.wrapError(waitCtx, "Stash", v, err)
+	case complete:
 		return v.version, nil
+	case held:
+		// Losing the claim is no reason to stop: the work is half done, and Save
+		// sorts out who stores the version.
+		stop := f.lease.keepRenewed(ctx, func(error) {}, func() { s.telemetry.renewalsFailed.Add(ctx, 1) })
+		defer func() {
+			stop()
+			f.unclaim(ctx)
+		}()
 	}
-	if claim == nil {
-		return fetch(ctx, next, v)
-	}
-	// Losing the claim is no reason to stop: the work is half done, and Save
-	// sorts out who stores the version.
-	stop := claim.keep(ctx, func(error) {})
-	defer func() {
-		stop()
-		s.unclaim(ctx, claim)
-	}()
-	return fetch(ctx, next, v)
+	return sf.fetch(ctx, v)
 }
 
 // fetch calls next, and takes for success that somebody else has succeeded.
-func fetch(ctx context.Context, next Stasher, v version) (string, error) {
-	saved, err := next.Stash(ctx, v.module, v.version)
-	if resolved, ok := alreadyExists(err, v.module); ok {
-		if resolved == "" {
-			resolved = cmp.Or(saved, v.version)
-		}
-		return resolved, nil
+func (sf *singleFlight) fetch(ctx context.Context, v version) (string, error) {
+	saved, err := sf.next.Stash(ctx, v.module, v.version)
+	var e *Error
+	if errors.As(err, &e) && e.Kind == KindAlreadyExists && e.Module == v.module {
+		return cmp.Or(e.Version, saved, v.version), nil
 	}
 	return saved, err
 }
@@ -169,109 +126,132 @@ func isVersion(vers string) bool {
 	return semver.IsValid(vers) && semver.Canonical(vers)+semver.Build(vers) == vers
 }
 
-// claim waits until the version is complete, which it reports, or this machine's
-// to fetch. The lease it returns is nil if claims are not permitted.
-func (s *Storage) claim(ctx context.Context, v version) (claim *lease, done bool, err error) {
-	if _, err := newVersion(v.module, v.version); err != nil {
-		return nil, false, err
+// A flight is one machine's way to fetch a version, or to wait for who does.
+type flight struct {
+	s       *Storage
+	v       version
+	waiter  waiter
+	lease   lease                // on the claim
+	awaited *storage.ObjectAttrs // the claim that was last seen to be another's
+}
+
+// claim waits until the version is complete, or this flight's to fetch: with a
+// claim that it holds, or without one.
+func (f *flight) claim(ctx context.Context) (held, complete bool, err error) {
+	if err := f.s.bucket.check(f.v); err != nil {
+		return false, false, err
 	}
-	l := &lease{s: s, v: v, ext: extLock, id: newSaveID()}
-	var holder int64 // the generation of the claim that this call waits for,
-	holders := 0     // and how many there have been with it
-	for start, refused := time.Now(), 0; ; {
-		seen, err := s.look(ctx, v)
+	f.lease = f.s.newLease(f.v, extLock, nil, f.claimThreshold())
+	for refused := 0; ; {
+		seen, err := f.s.bucket.look(ctx, f.v)
 		if err == nil {
-			done, err = s.settle(ctx, v, seen)
+			complete, err = f.s.isComplete(ctx, f.v, seen)
 		}
-		held := l.adopt(seen.lock)
+		if err != nil || complete {
+			f.land(ctx, seen)
+			return false, complete, err
+		}
+		held := f.lease.recover(seen.lock)
 		switch {
-		case err != nil || done:
-			if held || err != nil {
-				s.unclaim(ctx, l)
-			} else {
-				s.sweep(ctx, v, seen)
-			}
-			return nil, done, err
-		case seen.state(s.now(), s.staleThreshold()) == inProgress:
-			// Its saver renews its marker. Waiting with the claim in hand would
-			// mean to renew that too.
-			refused = 0
+		case f.s.state(seen) == InProgress:
+			// Its saver renews its marker. To wait with a claim would mean to renew
+			// that too.
 			if held {
-				s.unclaim(ctx, l)
-				l = &lease{s: s, v: v, ext: extLock, id: newSaveID()}
+				f.unclaim(ctx)
+				f.lease = f.s.newLease(f.v, extLock, nil, f.claimThreshold())
 			}
+			err = f.waiter.pause(ctx, "save", seen.mod, f.s.staleThreshold())
 		case held:
-			return l, false, nil
-		case s.noClaims.Load():
-			return nil, false, nil
-		case isFresh(seen.lock, s.now(), s.staleThreshold()):
-			refused = 0
-			if seen.lock.Generation != holder {
-				holder = seen.lock.Generation
-				holders++
-			}
-			if holders > 2 && time.Since(start) > s.staleThreshold() {
-				return nil, false, nil
-			}
+			return true, false, nil
+		case f.s.noClaims.Load() || f.holderFailed(seen.lock):
+			return false, false, nil
+		case isFresh(seen.lock, f.s.now(), f.claimThreshold()):
+			f.awaited = seen.lock
+			err = f.waiter.pause(ctx, "fetch", seen.lock, f.claimThreshold())
 		default:
-			err := l.take(ctx, nil, seen.lock)
-			switch {
-			case isForbidden(err):
-				s.forbidden(ctx, v, err)
-				return nil, false, nil
-			case err != nil && (!isRefused(err) || refused == maxRefused):
-				s.unclaim(ctx, l)
-				return nil, false, err
-			case err != nil:
-				refused++
+			// When it is acquired, look again: the version may have been stored since.
+			err = f.acquire(ctx, seen.lock)
+			if isRefused(err) && refused < maxRefused {
+				refused, err = refused+1, nil
 			}
-			continue // look again: the version may have been stored in between
 		}
-		if err := s.waitForAnother(ctx, start); err != nil {
-			return nil, false, err
+		if err != nil {
+			f.land(ctx, snapshot{})
+			return false, false, err
 		}
 	}
 }
 
-// unclaim deletes the claim, if it is this holder's, so that others need not
-// wait. It outlives the caller's context, by a bounded time.
-func (s *Storage) unclaim(ctx context.Context, l *lease) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
-	defer cancel()
-	found, err := l.find(ctx)
-	if !found && err == nil {
+func (f *flight) claimThreshold() time.Duration { return f.s.staleThreshold() / claimFraction }
+
+// holderFailed reports whether the claim that this flight waited for is gone, or
+// another's, without having gone stale.
+func (f *flight) holderFailed(now *storage.ObjectAttrs) bool {
+	return f.awaited != nil && (now == nil || now.Generation != f.awaited.Generation) &&
+		isFresh(f.awaited, f.s.now(), f.claimThreshold())
+}
+
+// acquire claims the version, over a claim that is stale. If claims are not
+// permitted, it makes this Storage do without them.
+func (f *flight) acquire(ctx context.Context, stale *storage.ObjectAttrs) error {
+	err := f.lease.acquire(ctx, stale)
+	switch {
+	case isForbidden(err):
+		f.forbidden(ctx, err)
+		return nil
+	case err == nil:
+		f.awaited = nil
+		f.s.tookOver(ctx, f.v, "fetch", stale)
+	}
+	return err
+}
+
+// land leaves no claim behind: neither this flight's, nor a stale one that it met.
+func (f *flight) land(ctx context.Context, seen snapshot) {
+	if f.lease.recover(seen.lock) || f.lease.sent > 0 {
+		f.unclaim(ctx)
 		return
 	}
-	if err == nil {
-		err = s.remove(ctx, l.v, l.ext, &storage.ObjectAttrs{Generation: l.gen})
+	if err := f.s.removeStaleClaim(ctx, f.v, seen); err != nil {
+		f.s.log.DebugContext(ctx, "could not delete a stale claim", "module", f.v.module, "version", f.v.version, "error", err)
+	}
+}
+
+// unclaim deletes this flight's claim, so that others need not wait. It outlives
+// ctx, by a bounded time.
+func (f *flight) unclaim(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
+	defer cancel()
+	held, err := f.lease.find(ctx, newSaveID())
+	if held && err == nil {
+		err = f.s.bucket.remove(ctx, f.v, extLock, ifNotReplaced(&storage.ObjectAttrs{Generation: f.lease.gen}))
 	}
 	switch {
 	case err == nil || isRefused(err):
 	case isForbidden(err):
-		s.forbidden(ctx, l.v, errors.Join(err, l.giveUp(ctx, false)))
+		f.forbidden(ctx, errors.Join(err, f.lease.release(ctx, false)))
 	default:
-		s.log.WarnContext(ctx, "could not delete a claim: others have to wait until it is stale",
-			"module", l.v.module, "version", l.v.version, "error", err)
+		f.s.log.WarnContext(ctx, "could not delete a claim: others have to wait until it is stale",
+			"module", f.v.module, "version", f.v.version, "error", err)
 	}
 }
 
-// forbidden makes this Storage do without claims from now on.
-func (s *Storage) forbidden(ctx context.Context, v version, err error) {
-	if !s.noClaims.Swap(true) {
-		s.log.WarnContext(ctx, "the bucket does not permit claims: every machine fetches for itself",
-			"module", v.module, "version", v.version, "error", err)
+// forbidden makes the Storage do without claims from now on.
+func (f *flight) forbidden(ctx context.Context, err error) {
+	if !f.s.noClaims.Swap(true) {
+		f.s.log.WarnContext(ctx, "the bucket does not permit claims: every machine fetches for itself",
+			"module", f.v.module, "version", f.v.version, "error", err)
 	}
 }
 
-// sweep deletes a stale claim that it meets in a snapshot. Whether it can does not
-// matter to the caller.
-func (s *Storage) sweep(ctx context.Context, v version, seen snapshot) {
-	if seen.lock == nil || isFresh(seen.lock, s.now(), s.staleThreshold()) {
-		return
+// removeStaleClaim deletes a claim that was listed, if it is stale.
+func (s *Storage) removeStaleClaim(ctx context.Context, v version, seen snapshot) error {
+	if seen.lock == nil || isFresh(seen.lock, s.now(), s.staleThreshold()/claimFraction) {
+		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	if err := s.remove(ctx, v, extLock, seen.lock); err != nil && !isRefused(err) {
-		s.log.DebugContext(ctx, "could not delete a stale claim", "module", v.module, "version", v.version, "error", err)
+	err := s.bucket.remove(ctx, v, extLock, ifUnchanged(seen.lock))
+	if isRefused(err) {
+		return nil // renewed, or taken over
 	}
+	return err
 }

@@ -12,14 +12,20 @@ import (
 	"cloud.google.com/go/storage"
 )
 
-// The three objects of a version, by the endings of their names, and the claim
-// of whoever is fetching it.
+// The endings of the names of a version's three objects, and of the claim of
+// whoever is fetching it.
 const (
 	extInfo = "info"
 	extMod  = "mod"
 	extZip  = "zip"
 	extLock = "lock"
 )
+
+// A ModuleVersion is one entry of a catalog.
+type ModuleVersion struct {
+	Module  string `json:"module"`
+	Version string `json:"version"`
+}
 
 // maxObjectName is the longest name an object can have, in bytes of UTF-8.
 // https://cloud.google.com/storage/docs/objects#naming
@@ -30,35 +36,36 @@ type version struct {
 	module, version string
 }
 
-// newVersion returns the version of that name, or an error of KindBadRequest
-// when GCS or Athens could hold no such version.
-func newVersion(module, vers string) (version, error) {
-	v := version{module, vers}
-	if err := checkModule(module); err != nil {
-		return v, badRequest("module", err)
-	}
-	if err := checkName(vers); err != nil {
-		return v, badRequest("version", err)
-	}
-	if strings.Contains(vers, "/") {
-		return v, badRequest("version", errors.New("holds a slash"))
-	}
-	if vers == "." || vers == ".." {
-		return v, badRequest("version", fmt.Errorf("is %q", vers))
-	}
-	if n := len(v.object(extInfo)); n > maxObjectName {
-		return v, badRequest("version", fmt.Errorf("makes an object name of %d bytes, over the %d that GCS takes", n, maxObjectName))
-	}
-	return v, nil
+// object returns the name of one of the version's objects, below the prefix.
+func (v version) object(ext string) string {
+	return v.module + "/@v/" + v.version + "." + ext
 }
 
-// checkModule refuses what no module path can be, and no more: Athens stores
-// names that the go command would not accept.
-func checkModule(module string) error {
-	if err := checkName(module); err != nil {
+// check returns an error of KindBadRequest if no module can have such a version.
+func (v version) check() error {
+	if err := checkPath(v.module); err != nil {
+		return badRequest("module", err)
+	}
+	err := checkName(v.version)
+	switch {
+	case err != nil:
+	case strings.Contains(v.version, "/"):
+		err = errors.New("holds a slash")
+	case v.version == "." || v.version == "..":
+		err = fmt.Errorf("is %q", v.version)
+	default:
+		return nil
+	}
+	return badRequest("version", err)
+}
+
+// checkPath refuses what no module path can be, and no more: Athens stores names
+// that the go command would not accept.
+func checkPath(path string) error {
+	if err := checkName(path); err != nil {
 		return err
 	}
-	for elem := range strings.SplitSeq(module, "/") {
+	for elem := range strings.SplitSeq(path, "/") {
 		switch elem {
 		case "":
 			return errors.New("has an empty element (a leading, trailing or double slash)")
@@ -66,15 +73,10 @@ func checkModule(module string) error {
 			return fmt.Errorf("has the element %q", elem)
 		}
 	}
-	if strings.HasPrefix(module+"/", ".well-known/acme-challenge/") {
-		return errors.New("is under .well-known/acme-challenge/, which GCS keeps for itself")
-	}
-	if n := len(module); n > maxObjectName {
-		return fmt.Errorf("has %d bytes, over the %d that GCS takes for an object name", n, maxObjectName)
-	}
 	return nil
 }
 
+// checkName refuses what no object name can be.
 func checkName(name string) error {
 	switch {
 	case name == "":
@@ -83,36 +85,33 @@ func checkName(name string) error {
 		return errors.New("is not valid UTF-8")
 	case strings.ContainsFunc(name, unicode.IsControl):
 		return errors.New("holds a control character")
+	case strings.HasPrefix(name+"/", ".well-known/acme-challenge/"):
+		return errors.New("is under .well-known/acme-challenge/, which GCS keeps for itself")
+	case len(name) > maxObjectName:
+		return fmt.Errorf("makes an object name of %d bytes, over the %d that GCS takes", len(name), maxObjectName)
 	}
 	return nil
-}
-
-// object is the name of one of the version's objects.
-func (v version) object(ext string) string {
-	return v.module + "/@v/" + v.version + "." + ext
 }
 
 // parseObject is the inverse of version.object. It reports false for any other
 // object that may be in the bucket.
 func parseObject(name string) (v version, ext string, ok bool) {
-	module, rest, ok := strings.Cut(name, "/@v/")
-	if !ok {
-		return version{}, "", false
-	}
+	module, rest, _ := strings.Cut(name, "/@v/")
 	dot := strings.LastIndexByte(rest, '.')
 	if dot < 0 {
 		return version{}, "", false
 	}
-	switch ext = rest[dot+1:]; ext {
+	v, ext = version{module, rest[:dot]}, rest[dot+1:]
+	switch ext {
 	case extInfo, extMod, extZip, extLock:
-	default:
-		return version{}, "", false
+		return v, ext, v.check() == nil
 	}
-	v, err := newVersion(module, rest[:dot])
-	return v, ext, err == nil
+	return version{}, "", false
 }
 
-// A snapshot is what one listing showed of a version; an absent object is nil.
+// A snapshot holds the objects of a version as a listing showed them. An absent
+// object is nil. Each object was so at some moment of the listing, but not all of
+// them at the same moment.
 type snapshot struct {
 	info, mod, zip *storage.ObjectAttrs
 	lock           *storage.ObjectAttrs // no part of the version
@@ -133,6 +132,14 @@ func (s *snapshot) slot(ext string) **storage.ObjectAttrs {
 
 func (s snapshot) empty() bool { return s.info == nil && s.mod == nil && s.zip == nil }
 
+func (s snapshot) whole() bool { return s.info != nil && s.mod != nil && s.zip != nil }
+
+// equals reports whether two listings in a row showed the same version. If they
+// did, all of it was there at the moment between them.
+func (s snapshot) equals(o snapshot) bool {
+	return sameObject(s.info, o.info) && sameObject(s.mod, o.mod) && sameObject(s.zip, o.zip)
+}
+
 // sameObject reports whether nothing has changed between two views of an object.
 func sameObject(a, b *storage.ObjectAttrs) bool {
 	if a == nil || b == nil {
@@ -141,62 +148,70 @@ func sameObject(a, b *storage.ObjectAttrs) bool {
 	return a.Generation == b.Generation && a.Metageneration == b.Metageneration
 }
 
-// A state is what a snapshot means.
-type state int
+// A State is what the objects of a version mean. The package comment has the
+// table of who moves a version from one state to another.
+type State int
 
 const (
-	absent     state = iota // none of the three objects
-	partial                 // no marker, an object missing: a poisoned cache, or a delete cut short
-	inProgress              // a fresh marker
-	abandoned               // a stale marker, an object missing or of another save
-	unfinished              // a stale marker, all three objects, of one save: only the commit is missing
-	complete                // no marker, all three objects
+	Absent     State = iota // none of the three objects
+	Partial                 // no marker, an object is missing: a poisoned cache, or a delete cut short
+	InProgress              // a fresh marker: a save is at work
+	Abandoned               // a stale marker, an object is missing or of another save
+	Unfinished              // a stale marker, all three objects of one save: only the commit is missing
+	Complete                // no marker, all three objects
 )
 
-func (s state) String() string {
+// String returns the state's word in lower case.
+func (s State) String() string {
 	return [...]string{"absent", "partial", "in progress", "abandoned", "unfinished", "complete"}[s]
 }
 
+// MarshalText returns the state's word in lower case.
+func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
 // state judges the snapshot at the time now of the local clock. The clock tells
-// only in progress from abandoned and from unfinished, and what is done about
-// either of these is conditional on the generations in the snapshot.
-func (s snapshot) state(now time.Time, threshold time.Duration) state {
+// only InProgress from Abandoned and Unfinished, and whatever is done about these
+// is conditional on the generations in the snapshot.
+//
+// Complete is certain from one listing. If .info or .zip names another .mod than
+// the one listed, the listing may have met a save half-way: it is Partial, and
+// Complete only if a second listing shows the same (see resolve).
+func (s snapshot) state(now time.Time, threshold time.Duration) State {
 	if s.empty() {
-		return absent
+		return Absent
 	}
-	whole := s.info != nil && s.mod != nil && s.zip != nil
 	m, marked := readMarker(s.mod)
 	switch {
-	case !marked && whole:
-		return complete
+	case !marked && s.whole() && s.named():
+		return Complete
 	case !marked:
-		return partial
-	case m.fresh(now, threshold):
-		return inProgress
-	case whole && s.oneSave():
-		return unfinished
+		return Partial
+	case m.isFresh(now, threshold):
+		return InProgress
+	case s.whole() && s.oneSave():
+		return Unfinished
 	default:
-		return abandoned
+		return Abandoned
 	}
 }
 
-// oneSave reports whether one save wrote all three objects, .info and .zip while
-// this very .mod was live. A .mod without a save id was written by Athens itself,
-// which had no way to tell.
-func (s snapshot) oneSave() bool {
-	id := s.mod.Metadata[keySaveID]
-	if id == "" {
-		return true
-	}
+// named reports whether .info and .zip name this .mod as the one that their save
+// held, or name none.
+func (s snapshot) named() bool {
 	for _, o := range []*storage.ObjectAttrs{s.info, s.zip} {
-		if o.Metadata[keySaveID] != id {
-			return false
-		}
 		if gen, ok := o.Metadata[keyGeneration]; ok && gen != formatGeneration(s.mod.Generation) {
-			return false // the .mod was created twice, the second time after a delete
+			return false
 		}
 	}
 	return true
+}
+
+// oneSave reports whether one save wrote all three objects, .info and .zip while
+// this very .mod was live. A .mod without a save id was written by an older
+// Athens, which did not say.
+func (s snapshot) oneSave() bool {
+	id := s.mod.Metadata[keySaveID]
+	return id == "" || s.info.Metadata[keySaveID] == id && s.zip.Metadata[keySaveID] == id && s.named()
 }
 
 func formatGeneration(gen int64) string { return strconv.FormatInt(gen, 10) }

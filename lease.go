@@ -1,0 +1,238 @@
+package gcs
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"cloud.google.com/go/storage"
+)
+
+const (
+	// renewals is how often a holder renews its marker within the stale threshold,
+	// so that a few may fail before anybody takes over.
+	renewals = 4
+	// updateInterval is the least time between two metadata updates of one object.
+	// https://cloud.google.com/storage/quotas#objects
+	updateInterval = time.Second
+	// releaseTimeout bounds a release, which outlives the caller's context.
+	releaseTimeout = 15 * time.Second
+)
+
+var (
+	// errFenced means that the object is no longer the lease's own. Nothing that
+	// this holder sends can change it.
+	errFenced = errors.New("fenced: somebody else has taken the version over or deleted it")
+	// errCleared means that the marker is gone from the lease's own object: the
+	// version is committed.
+	errCleared = errors.New("the marker is already cleared")
+)
+
+// A lease is the right to finish what a marked object stands for. Whoever wrote
+// the live generation of the object holds it. Every change of the object is
+// conditional on that generation and on the last known metageneration, so a holder
+// that lost its lease can change nothing, whether it knows or not.
+//
+// A lease is used by one goroutine at a time; between keepRenewed and the return
+// of stop, that is the one that keepRenewed started.
+type lease struct {
+	b         *bucket
+	v         version
+	ext       string // of the marked object
+	id        string
+	body      []byte // of the marked object
+	now       func() time.Time
+	threshold time.Duration
+
+	sent    int       // requests to write the object that were begun
+	gen     int64     // of the object that is held, 0 for none
+	metagen int64     // the last known
+	renewed time.Time // when the last renewal ended, by the monotonic clock
+}
+
+// acquire writes the object with this holder's marker, if it is still the one
+// seen, or still absent.
+func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
+	l.sent = 0
+	attrs, err := l.b.put(ctx, l.v, l.ext, ifUnchanged(seen), func() map[string]string {
+		l.sent++
+		return marked(l.now(), l.id)
+	}, l.body)
+	switch {
+	case err == nil:
+		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
+	case isRefused(err) && l.sent == 1:
+		l.sent = 0 // nothing is on its way
+	}
+	return err
+}
+
+// recover makes the lease hold the object if a request of this holder wrote it,
+// which it reports.
+func (l *lease) recover(attrs *storage.ObjectAttrs) bool {
+	if attrs == nil || attrs.Metadata[keySaveID] != l.id {
+		return false
+	}
+	l.gen, l.metagen = attrs.Generation, attrs.Metageneration
+	return true
+}
+
+// holds reports whether the object is the one that the lease is for.
+func (l *lease) holds(attrs *storage.ObjectAttrs) bool {
+	return attrs != nil && attrs.Generation == l.gen
+}
+
+// isHeld reads the object and returns errFenced unless it is still the lease's own.
+func (l *lease) isHeld(ctx context.Context) error {
+	attrs, err := l.b.attrs(ctx, l.v, l.ext)
+	if err == nil && !l.holds(attrs) {
+		err = errFenced
+	}
+	return err
+}
+
+// change makes a request that changes the object's metadata. It returns errFenced
+// if the lease is lost and errCleared if the marker is gone, whoever cleared it.
+func (l *lease) change(ctx context.Context, request func(storage.Conditions) (*storage.ObjectAttrs, error)) error {
+	for {
+		attrs, err := request(storage.Conditions{GenerationMatch: l.gen, MetagenerationMatch: l.metagen})
+		if err == nil {
+			l.metagen = attrs.Metageneration
+		}
+		if !isRefused(err) && !isAbsent(err) {
+			return err
+		}
+		// Another has changed the object, or an earlier request of this holder
+		// was applied although its answer was lost.
+		attrs, readErr := l.b.attrs(ctx, l.v, l.ext)
+		_, marked := readMarker(attrs)
+		switch {
+		case readErr != nil:
+			return readErr
+		case !l.holds(attrs):
+			return errFenced
+		case !marked:
+			return errCleared
+		case attrs.Metageneration == l.metagen:
+			return err // the condition holds: it was refused for another reason
+		}
+		l.metagen = attrs.Metageneration
+	}
+}
+
+// mark replaces the marker.
+func (l *lease) mark(ctx context.Context, t time.Time, id string) error {
+	return l.change(ctx, func(cond storage.Conditions) (*storage.ObjectAttrs, error) {
+		return l.b.update(ctx, l.v, l.ext, cond, marked(t, id))
+	})
+}
+
+// commit clears the marker. It succeeds too if the marker is already cleared: by a
+// request whose answer was lost, or by one who found the version unfinished.
+func (l *lease) commit(ctx context.Context) error {
+	if !l.renewed.IsZero() {
+		// GCS refuses a second metadata update within the second.
+		if err := sleep(ctx, updateInterval-time.Since(l.renewed)); err != nil {
+			return err
+		}
+	}
+	err := l.change(ctx, func(cond storage.Conditions) (*storage.ObjectAttrs, error) {
+		return l.b.clear(ctx, l.v, l.ext, cond)
+	})
+	if errors.Is(err, errCleared) {
+		return nil
+	}
+	return err
+}
+
+// keepRenewed renews the marker until stop is called, which waits for a renewal
+// in flight. It calls lost if the lease is lost, and failed after a renewal that
+// failed for another reason.
+func (l *lease) keepRenewed(ctx context.Context, lost context.CancelCauseFunc, failed func()) (stop func()) {
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(max(l.threshold/renewals, updateInterval))
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-quit:
+			case <-ctx.Done():
+			}
+			select {
+			case <-quit: // comes first
+				return
+			default:
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			switch err := l.renew(ctx); {
+			case errors.Is(err, errFenced):
+				lost(errFenced)
+				return
+			case errors.Is(err, errCleared):
+				return // all that was to be stored is stored, and somebody has finished it
+			case err != nil && ctx.Err() == nil:
+				failed()
+			}
+		}
+	}()
+	return func() {
+		close(quit)
+		<-done
+	}
+}
+
+func (l *lease) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	err := l.mark(ctx, l.now(), l.id)
+	l.renewed = time.Now()
+	return err
+}
+
+// release gives the lease up, so that the next holder can proceed at once. It
+// outlives ctx, by a bounded time. It returns errCleared if the version turns out
+// to be committed.
+//
+// keepID says that everything but the commit was done: the next save commits.
+// Otherwise the marker gets a new id, so that a request of this holder that is
+// still on its way cannot complete what its caller was told has failed.
+func (l *lease) release(ctx context.Context, keepID bool) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
+	defer cancel()
+	id := newSaveID()
+	if keepID {
+		id = l.id
+	}
+	if held, err := l.find(ctx, id); !held || err != nil {
+		return err
+	}
+	if err := l.mark(ctx, givenUp, id); !errors.Is(err, errFenced) {
+		return err
+	}
+	return nil
+}
+
+// find brings a lease up to date whose acquire was not answered, and reports
+// whether there is anything to release. A request that was sent can still arrive
+// when nothing is there. So find writes the object itself, as given up: then that
+// request is refused.
+func (l *lease) find(ctx context.Context, id string) (held bool, err error) {
+	for l.gen == 0 && l.sent > 0 {
+		attrs, err := l.b.attrs(ctx, l.v, l.ext)
+		if err != nil || l.recover(attrs) {
+			return err == nil, err
+		}
+		if attrs != nil {
+			return false, nil
+		}
+		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(nil), func() map[string]string { return marked(givenUp, id) }, l.body)
+		if !isRefused(err) {
+			return false, err
+		}
+	}
+	return l.gen != 0, nil
+}

@@ -1,0 +1,61 @@
+package gcs
+
+import "context"
+
+// Repair makes a version right, and returns the state that it leaves: Absent,
+// InProgress or Complete.
+//
+//   - A version that is complete or in progress is left alone.
+//   - An unfinished one is finished: it is Complete.
+//   - What is left of a partial or abandoned one is removed, so that the next request
+//     fetches it anew: it is Absent.
+//   - A stale claim of a single flight is removed, whatever the state.
+//
+// Every change is conditional on what Repair has seen. If somebody else changes the
+// version at the same time, Repair looks again.
+//
+// It makes 1 request for a version that needs nothing, 2 to finish one, and up to 6
+// to remove one; one more removes a claim. It is safe for concurrent use.
+func (s *Storage) Repair(ctx context.Context, module, vers string) (State, error) {
+	v := version{module, vers}
+	ctx, c := s.begin(ctx, "Repair", v)
+	err := s.bucket.check(v)
+	state := Absent
+	if err == nil {
+		state, err = s.repair(ctx, v)
+	}
+	return state, c.end(err)
+}
+
+func (s *Storage) repair(ctx context.Context, v version) (State, error) {
+	for refused := 0; ; refused++ {
+		seen, err := s.bucket.look(ctx, v)
+		if err != nil {
+			return Absent, err
+		}
+		seen, state, _, err := s.resolve(ctx, v, seen)
+		if err != nil {
+			return state, err
+		}
+		if state == Partial || state == Abandoned {
+			// A listing can miss what comes while it is made.
+			again, err := s.bucket.look(ctx, v)
+			if err != nil {
+				return state, err
+			}
+			if !again.equals(seen) {
+				continue
+			}
+			removed, err := s.bucket.removeVersion(ctx, v, seen, ifUnchanged(seen.mod))
+			if !removed && (err == nil || isRefused(err) && refused < maxRefused) {
+				continue
+			}
+			if err != nil {
+				return state, err
+			}
+			s.log.InfoContext(ctx, "removed what was left of a version", "module", v.module, "version", v.version, "found", state.String())
+			state = Absent
+		}
+		return state, s.removeStaleClaim(ctx, v, seen)
+	}
+}
