@@ -48,8 +48,8 @@ func TestBudgetRequests(t *testing.T) {
 			require.NoError(t, err)
 		}},
 		{"List of 333", 333, 1, 1, listOf(333)},
-		{"List of 1,000", 1000, 3, 3, listOf(1000)},
-		{"Catalog of 1,000", 1000, 3, 3, func(t *testing.T, s *Storage) {
+		{"List of 1,000", 1000, 4, 4, listOf(1000)},
+		{"Catalog of 1,000", 1000, 4, 4, func(t *testing.T, s *Storage) {
 			page, next, err := s.Catalog(t.Context(), "", 0)
 			require.NoError(t, err)
 			require.Len(t, page, 1000)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -203,7 +204,7 @@ func TestCatalogTokenElsewhere(t *testing.T) {
 		var got []ModuleVersion
 		token := ""
 		for pageSize := 1; ; pageSize++ {
-			page, next, err := newStorage(s.bucket).Catalog(t.Context(), token, pageSize)
+			page, next, err := f.storage("other").Catalog(t.Context(), token, pageSize)
 			require.NoError(t, err)
 			got = append(got, page...)
 			if token = next; token == "" {
@@ -221,24 +222,16 @@ func TestCatalogBadTokens(t *testing.T) {
 		require.NoError(t, err)
 		require.NotEmpty(t, good)
 
-		raw, err := base64.RawURLEncoding.DecodeString(good)
-		require.NoError(t, err)
 		bad := []string{
-			"x", " ", "1000", "m/@v/v1.0.0.zip", "null", good + " ", good + "\n", "\r\n" + good, good + "=", good + good, good[1:],
-			base64.URLEncoding.EncodeToString(append(raw, 0)),
-			base64.RawURLEncoding.EncodeToString([]byte("m/@v/v1.0.0.info\x00m/@v/v1.0.0.zip")),
+			"x", " ", "1000", "null", good + " ", good + "\n", "\r\n" + good, good + "=", good + good, "/@v/v1.0.0.zip", "m/@v/.zip",
+			"m/@v/v1.0.0.info", "m/@v/v1.0.0.mod", "m/@v/v1.0.0.lock", "m//n/@v/v1.0.0.zip", "m/@v/v1.0.0/v2.0.0.zip", "m/v1.0.0.zip",
+			strings.Repeat("m", 1024) + "/@v/v1.0.0.zip",
 			// A page token of GCS: the last name, as a protocol buffer.
 			base64.StdEncoding.EncodeToString([]byte("\x0a\x0fm/@v/v1.0.0.zip")),
-			string(raw),
 		}
 		for i := range good {
 			if i > 0 {
 				bad = append(bad, good[:i])
-			}
-			for _, c := range "A_z9-\n" {
-				if changed := good[:i] + string(c) + good[i+1:]; changed != good {
-					bad = append(bad, changed)
-				}
 			}
 		}
 		rnd := rand.New(rand.NewPCG(1, 2))

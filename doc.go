@@ -1,6 +1,6 @@
-// Package gcs keeps the versions of Go modules in a Google Cloud Storage
-// bucket. It is a storage backend for the module proxy Athens, made for several
-// replicas that share a bucket and nothing else.
+// Package gcs keeps the versions of Go modules in a Google Cloud Storage bucket. It
+// is a storage backend for the module proxy Athens, made for several replicas that
+// share a bucket and nothing else.
 //
 // A version is three objects, with the names that Athens uses:
 //
@@ -8,84 +8,107 @@
 //	github.com/pkg/errors/@v/v0.9.1.mod
 //	github.com/pkg/errors/@v/v0.9.1.zip
 //
-// GCS changes one object at a time, and a machine can die, or be taken for
-// dead, between any two requests. [Storage.Save] makes a single step of storing
-// three objects all the same: whoever is told that a version is stored finds
-// all of it, of one save, and a version of which a part is missing is stored
-// anew by the next save, without anybody's help.
+// GCS changes one object at a time, and a machine can die between any two requests.
+// [Storage.Save] makes a single step of storing three objects all the same: whoever
+// is told that a version is stored finds all of it, of one save. If a part of a
+// version is missing, the next save stores it anew.
+//
+// # States
+//
+// The state of a version follows from one listing of its objects. The marker is the
+// key in-progress in the metadata of the .mod. Its value is the time at which the
+// saver last renewed it.
+//
+//	state        marker  objects         who moves it, and to which state
+//	Absent       -       none            Save creates a marked .mod: InProgress
+//	InProgress   fresh   any             its saver commits: Complete; fails: Abandoned
+//	                                     the marker goes stale: Abandoned, or Unfinished
+//	Abandoned    stale   one is missing, Save takes over: InProgress
+//	                     or of another   Repair removes it: Absent
+//	                     save
+//	Unfinished   stale   all, of one     Save, Exists, List, Catalog, Repair commit: Complete
+//	                     save
+//	Partial      none    one is missing  Save takes over: InProgress; Repair removes it: Absent
+//	Complete     none    all             nobody but Delete
+//
+// Delete moves every state to Absent, through Partial.
 //
 // # The protocol
 //
-// GCS gives every object a generation, which each write of its data replaces,
-// and a metageneration, which each update of its metadata increments. A request
-// can be made conditional on both, and is then refused if they have moved. The
-// .mod of a version is used as a register with compare-and-swap: whoever wrote
-// its live generation holds the version. A save
+// GCS gives every object a generation, which each write of its data replaces, and a
+// metageneration, which each update of its metadata increments. A request can be
+// conditional on both, and is refused if they have moved. The .mod of a version is a
+// register with compare-and-swap: whoever wrote its live generation holds the
+// version. A save
 //
-//  1. creates the .mod, with a marker in its metadata (in-progress, a time) and a
-//     random save id; beside it, it lists the version,
-//  2. uploads .zip and .info, which carry the save id and the generation of the
-//     .mod, each only over what the listing showed, and renews the marker
-//     meanwhile,
+//  1. creates the .mod, with a marker and a random save id in its metadata. At the
+//     same time it lists the version.
+//  2. uploads .zip and .info, which carry the save id and the generation of the .mod,
+//     each over what was listed or if absent. Meanwhile it renews the marker.
 //  3. clears the marker, if generation and metageneration of the .mod are those it
 //     knows. This is the commit.
 //
-// If there is a .mod, the save decides by a listing of the version. Without a
-// marker and with all three objects the version is complete. With a marker that
-// is being renewed another save is at work, and this one waits. With a stale
-// marker its holder is presumed dead: if .info and .zip carry the save id and
-// the generation of the .mod, only the commit is missing, and whoever sees that
-// does it. In any other case the save takes over: it writes the .mod anew, if
-// it is still the one that two listings in a row have shown, lists the version
-// again, and goes on at step 2. A save that fails sets its marker to 1970, so
-// that nobody waits for it.
-//
-// [Storage.Delete] deletes the .mod first, then the other two, each only if it
-// is the one that its listing showed.
+// If there is a .mod already, the state decides. Complete: the save is done. InProgress:
+// it waits. Unfinished: it commits for the other save. Abandoned or Partial: it takes
+// over, which means that it writes the .mod anew if it is still the one listed, and
+// goes on at step 2. A save that fails sets its marker to 1970, so that nobody waits
+// for it.
 //
 // # Why it is safe
 //
-// A commit names the generation of the .mod. So it succeeds only for the holder
-// who wrote that generation, and only while nobody has taken over or deleted
-// since. What remains to be shown is that .info and .zip are then the holder's
-// own, and stay so.
+// What a listing shows. The argument assumes that a listing shows each object as it
+// was at some moment of the listing, and not all objects at the same moment. So it
+// does not matter whether GCS answers in one page or in several.
 //
-// The holder has uploaded both before it commits, or has found them with its
-// save id where the answer to an upload was lost. Who could replace them
-// afterwards? Every upload and delete is conditional on a generation from a
-// listing, and a listing shows the .mod of the same moment. A save uses one in
-// which the .mod is absent or its own; a delete uses one in which the .mod is
-// absent or the one that it has deleted since. If such a listing shows the
-// holder's .zip, then the holder's .mod has been replaced or deleted, and its
-// commit is refused. If it does not, the condition does not fit the holder's
-// .zip, and the upload or delete is refused. The same goes for requests that
-// were delayed on the way, and for those of a holder that slept while others
-// took over: it can neither commit nor touch what they have stored.
+//   - Complete is certain from one listing. A .mod that was committed stays so until
+//     it is deleted. If .info or .zip was written while another .mod was live, it
+//     names that one's generation; then the version is listed again, and complete if
+//     nothing has changed in between. (So it is with objects that were copied from
+//     another bucket.)
+//   - Unfinished is certain from one listing. The commit is conditional on the .mod
+//     listed. While that is live, nobody replaces .info and .zip of its save.
+//   - That an object is missing is not certain: it may have come while the rest was
+//     listed, and the version be complete. So two listings in a row have to show the
+//     same before a save takes over, or Repair removes anything. What both showed was
+//     there at the moment between them, and the takeover is conditional on the .mod.
 //
-// A renewal names the metageneration, so that one which arrives after the
-// commit is refused and cannot put the marker back. An unfinished version, with
-// all three objects of one save, is never taken over, only finished, so it does
-// not matter who finishes it, or whether its holder is alive.
+// The commit names the generation of the .mod. So it succeeds only for the holder
+// who wrote that generation, and only while nobody has taken over or deleted since.
+// Its .info and .zip are its own: it uploaded them, or found them with its save id
+// where the answer to an upload was lost. Nobody else replaces them:
 //
-// A request whose answer was lost is made again, and refused the second time. A
-// refusal is therefore never taken at face value: the save reads back what is
-// there, and knows its own objects by save id and size, and its own commit by
-// the generation. A .mod that such a request creates late, when the version was
-// saved and deleted, has another generation than the .info and .zip beside it
-// name: it is abandoned, and not unfinished.
+//   - A save uploads over an object only if the object is older than its own .mod:
+//     listed before it wrote the .mod, or read before it read that the .mod is still
+//     its own. A successor's object is younger.
+//   - A delete removes .info and .zip only after it has removed the .mod beside which
+//     they were listed, or read that there is none.
+//   - An object with the saver's own save id is not replaced either. Somebody may
+//     have finished the version with it.
 //
-// No step of this looks at a clock. Clocks, and the stale threshold, decide
-// only when a holder is presumed dead; presumed wrongly, its work is wasted,
-// but no harm is done. Two machines that each presume the other dead would take
-// over from each other for ever, so a save that has lost its version once
-// believes the next holder for the length of the threshold, whatever the marker
-// says.
+// A holder that slept while others took over can neither commit nor replace what
+// they have stored, and the same goes for its requests that arrive late. A renewal
+// names the metageneration, so one that arrives after the commit is refused and
+// cannot put the marker back. An unfinished version is never taken over, only
+// finished, so it does not matter who finishes it.
 //
-// The argument relies on GCS for the atomicity of a conditional request, and
-// for strong consistency of lists after writes
-// (https://cloud.google.com/storage/docs/consistency), with one page of a list
-// showing one moment (a listing with several pages is made again until the .mod
-// was the same before and after it). And it relies on nobody else's writing to
-// the bucket below "/@v/": Athens' own backend, which knows nothing of markers,
-// may run beside this package, with the guarantees that it gives by itself.
+// A request whose answer was lost is made again, and refused the second time. So a
+// refused request is followed by a read: the save knows its own objects by the save
+// id and the size, and its own commit by the generation. A .mod that such a request
+// creates late, after a delete, has another generation than .info and .zip beside it
+// name: it is Abandoned. A save that fails while its .mod may still arrive writes a
+// given-up .mod itself, so that the late one is refused.
+//
+// No step of this looks at a clock. Clocks, and the stale threshold, decide only when
+// a holder is presumed dead. If that is wrong, its work is wasted, and no harm is
+// done. Two machines that each presume the other dead would take over from each other
+// for ever. So a save that has lost its version waits until the .mod has not changed
+// for the threshold, whatever the marker says. New calls do not know of such a loss:
+// while calls with clocks that are off by more than the threshold keep coming, a
+// version may be taken over again and again.
+//
+// The argument relies on GCS for the atomicity of a conditional request, and for
+// strong consistency of reads and lists after writes
+// (https://cloud.google.com/storage/docs/consistency). It relies on nobody else's
+// writing to the bucket below "/@v/". Athens' own backend may run beside this package,
+// with the guarantees that it gives by itself.
 package gcs

@@ -34,6 +34,12 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
+// fail returns the error of a call that failed with that cause; nil stays nil.
+func fail(ctx context.Context, op string, v version, cause error) error {
+	s := &Storage{wrap: func(e *Error) error { return e }}
+	return s.wrapError(ctx, op, v, cause)
+}
+
 func TestErrorString(t *testing.T) {
 	cause := errors.New("cause")
 	for want, e := range map[string]Error{
@@ -122,7 +128,7 @@ func TestErrorsOfBothTransports(t *testing.T) {
 		{"HTTP 403", asGoogle(403, ""), KindUnexpected, []predicate{forbidden}},
 		{"PermissionDenied", asAPI(t, codes.PermissionDenied), KindUnexpected, []predicate{forbidden}},
 		{"bare PermissionDenied", asStatus(codes.PermissionDenied), KindUnexpected, []predicate{forbidden}},
-		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindUnexpected, []predicate{absent}},
+		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindNotFound, []predicate{absent}},
 		{"HTTP 401", asGoogle(401, ""), KindUnexpected, nil},
 		{"HTTP 400", asGoogle(400, ""), KindUnexpected, nil},
 		{"InvalidArgument", asAPI(t, codes.InvalidArgument), KindUnexpected, nil},
@@ -191,7 +197,7 @@ func TestVerdicts(t *testing.T) {
 
 func TestNeeds(t *testing.T) {
 	for _, err := range []error{asGoogle(403, "denied"), asStatus(codes.PermissionDenied), asAPI(t, codes.PermissionDenied)} {
-		got := needs(err, "storage.objects.update")
+		got := withPermission(err, "storage.objects.update")
 		require.ErrorContains(t, got, "storage.objects.update")
 		require.ErrorContains(t, got, "roles/storage.objectUser")
 		require.ErrorIs(t, got, err)
@@ -201,7 +207,7 @@ func TestNeeds(t *testing.T) {
 		asGoogle(403, "Object 'm' is subject to bucket's retention policy and cannot be deleted or overwritten"),
 		asGoogle(412, "denied"), asStatus(codes.NotFound), io.EOF, nil,
 	} {
-		require.Equal(t, err, needs(err, "storage.objects.update"))
+		require.Equal(t, err, withPermission(err, "storage.objects.update"))
 	}
 }
 
@@ -364,7 +370,6 @@ func TestGRPC(t *testing.T) {
 	})
 	run("rate limit", func(t *testing.T, b *grpcBucket, s *Storage) {
 		b.on(answerCode(codes.ResourceExhausted), append(reads, "ListObjects")...)
-		s.bucket = s.bucket.Retryer(storage.WithMaxAttempts(1))
 		_, err := s.Exists(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindRateLimit, "gcs.Exists", "m", "v1.0.0")
 		_, err = s.Info(t.Context(), "m", "v1.0.0")

@@ -12,7 +12,6 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/athensgcs/gcs"
-	"google.golang.org/api/option"
 )
 
 // bucket stands for one of yours: client.Bucket("my-modules").
@@ -117,13 +116,29 @@ func ExampleStorage_SingleFlight() {
 	// stored v1.0.0
 }
 
-func ExampleOpen() {
+func ExampleStorage_Check() {
 	ctx := context.Background()
-	s, err := gcs.Open(ctx, "my-modules", option.WithAuthCredentialsFile(option.ServiceAccount, "key.json"))
-	if err != nil {
+	s := gcs.NewStorage(bucket(), gcs.WithPrefix("athens/"))
+	if err := s.Check(ctx); err != nil {
 		log.Fatal(err) // names the permissions that are missing, if any are
 	}
-	defer s.Close()
+	fmt.Println("the bucket is ready")
+	// Output:
+	// the bucket is ready
+}
+
+func ExampleStorage_Scan() {
+	ctx := context.Background()
+	s := gcs.NewStorage(bucket())
+	save(s, "example.com/mod", "v1.0.0")
+	for found, err := range s.Scan(ctx, "") {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(found.Module, found.Version, found.State)
+	}
+	// Output:
+	// example.com/mod v1.0.0 complete
 }
 
 func save(s *gcs.Storage, module, version string) {

@@ -28,7 +28,7 @@ var testPrefix = os.Getenv("GCS_TEST_PREFIX")
 
 // newStorage is NewStorage below testPrefix.
 func newStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
-	return NewStorage(bucket, opts...)
+	return NewStorage(bucket, append([]Option{WithPrefix(testPrefix)}, opts...)...)
 }
 
 // storage returns a Storage on a machine of its own.

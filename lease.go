@@ -44,16 +44,17 @@ type lease struct {
 	now       func() time.Time
 	threshold time.Duration
 
-	sent    int       // requests to write the object that were begun
-	gen     int64     // of the object that is held, 0 for none
-	metagen int64     // the last known
-	renewed time.Time // when the last renewal ended, by the monotonic clock
+	over    *storage.ObjectAttrs // what acquire was to replace
+	sent    int                  // requests to write the object that were begun
+	gen     int64                // of the object that is held, 0 for none
+	metagen int64                // the last known
+	renewed time.Time            // when the last renewal ended, by the monotonic clock
 }
 
 // acquire writes the object with this holder's marker, if it is still the one
 // seen, or still absent.
 func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
-	l.sent = 0
+	l.over, l.sent = seen, 0
 	attrs, err := l.b.put(ctx, l.v, l.ext, ifUnchanged(seen), func() map[string]string {
 		l.sent++
 		return marked(l.now(), l.id)
@@ -217,19 +218,19 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 }
 
 // find brings a lease up to date whose acquire was not answered, and reports
-// whether there is anything to release. A request that was sent can still arrive
-// when nothing is there. So find writes the object itself, as given up: then that
-// request is refused.
+// whether there is anything to release. If what acquire was to replace is still
+// there, its request can still arrive. So find replaces it, with an object that is
+// given up: then that request is refused.
 func (l *lease) find(ctx context.Context, id string) (held bool, err error) {
 	for l.gen == 0 && l.sent > 0 {
 		attrs, err := l.b.attrs(ctx, l.v, l.ext)
 		if err != nil || l.recover(attrs) {
 			return err == nil, err
 		}
-		if attrs != nil {
+		if !sameObject(attrs, l.over) {
 			return false, nil
 		}
-		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(nil), func() map[string]string { return marked(givenUp, id) }, l.body)
+		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(attrs), func() map[string]string { return marked(givenUp, id) }, l.body)
 		if !isRefused(err) {
 			return false, err
 		}

@@ -73,7 +73,11 @@ func TestListRequests(t *testing.T) {
 				storeVersion(f, "m-other", "v1.0.0")
 				storeVersion(f, "a", "v1.0.0")
 				requireList(t, s, "m", want...)
-				require.Len(t, f.Log(), max((objects+999)/1000, 1))
+				requests := max((objects+998)/999, 1)
+				if objects%3 != 0 {
+					requests++ // for the partial version
+				}
+				require.Len(t, f.Log(), requests)
 				for _, r := range f.Log() {
 					require.Equal(t, "list", r.Op)
 				}

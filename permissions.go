@@ -42,12 +42,15 @@ func (b *bucket) checkPermissions(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		_, _, err = b.page(ctx, &storage.Query{}, "", 1)
-		return err
+		if _, _, err = b.page(ctx, &storage.Query{}, "", 1); err != nil {
+			return fmt.Errorf("bucket %s: %w", b.handle.BucketName(), err)
+		}
+		return nil
 	}
 	missing := slices.DeleteFunc(slices.Clone(required), func(p string) bool { return slices.Contains(have, p) })
 	if len(missing) > 0 {
-		return fmt.Errorf("the caller lacks %s on the bucket, which roles/storage.objectUser holds", strings.Join(missing, ", "))
+		return fmt.Errorf("bucket %s: the caller lacks %s, which roles/storage.objectUser holds",
+			b.handle.BucketName(), strings.Join(missing, ", "))
 	}
 	return nil
 }

@@ -318,7 +318,11 @@ func TestSaveReaderFails(t *testing.T) {
 
 func isGivenUpIn(f *fakeGCS) bool {
 	o := f.Get(objectName(extMod))
-	return o != nil && isGivenUp(&storage.ObjectAttrs{Metadata: o.Metadata})
+	if o == nil {
+		return false
+	}
+	m, marked := readMarker(&storage.ObjectAttrs{Metadata: o.Metadata})
+	return marked && m.isGivenUp()
 }
 
 func TestSaveMD5(t *testing.T) {
@@ -507,8 +511,7 @@ func TestSaveLateObjectUnseekable(t *testing.T) {
 	})
 }
 
-// Between a takeover and the listing of leftovers another takes over and stores
-// its objects. They are not leftovers.
+// After a takeover another takes over and stores its objects. They are not leftovers.
 func TestSaveLeftoversOfSuccessor(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
@@ -520,7 +523,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 			switch {
 			case r.Machine == "b" && r.Op == "patch":
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
-			case r.Machine == "a" && r.Op == "list" && tookOver:
+			case r.Machine == "a" && r.Object != objectName(extMod) && tookOver:
 				tookOver = false
 				s := f.storage("b")
 				s.now = func() time.Time { return time.Now().Add(time.Hour) }
@@ -537,6 +540,39 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 		requireKind(t, a.save(t.Context(), f.storage("a")), KindAlreadyExists)
 		require.NoError(t, <-committed)
 		requireStored(t, f, b)
+	})
+}
+
+// The listing beside a create shows one's own .mod, and in its next part what a
+// successor has stored. That is no leftover either.
+func TestSaveListsSuccessorBesideCreate(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extZip), nil, map[string]string{keySaveID: "old"})
+		time.Sleep(time.Second)
+		a, b := contentOf("a", 100), contentOf("b", 200)
+		committed := make(chan error, 1)
+		lists := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Machine == "b" && r.Op == "patch":
+				time.Sleep(5 * time.Second) // so that a has done what it may do by then
+			case r.Machine == "behind" && r.Op == "list":
+				if lists++; lists == 1 {
+					time.Sleep(500 * time.Millisecond) // until the .mod is created
+				}
+				if lists == 2 {
+					s := f.storage("b")
+					s.now = func() time.Time { return time.Now().Add(time.Hour) }
+					go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
+					time.Sleep(2 * time.Second)
+				}
+			}
+			return fakegcs.NoFault
+		})
+		requireKind(t, a.save(t.Context(), behind(f, pageBy("1"))), KindAlreadyExists)
+		require.NoError(t, <-committed)
+		requireStored(t, f, b)
+		require.Empty(t, f.Violations())
 	})
 }
 
