@@ -130,7 +130,8 @@ func TestSaveOfPanickingReader(t *testing.T) {
 						defer group.Done()
 						defer func() { recovered = recover() }()
 						// The context does not end, and stops nothing that is left.
-						_ = contentOf("a", 0).saveFrom(context.Background(), f.storage("a", WithChunkSize(faultChunk)), zip)
+						s := f.storage("a", WithChunkSize(faultChunk))
+						_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
 						returned = true
 					}()
 					group.Wait()

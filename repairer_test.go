@@ -148,6 +148,33 @@ func TestRepairDuringSave(t *testing.T) {
 	}
 }
 
+// A save that looks dead to Repair, whose clock is ahead, commits just before its
+// .mod is removed. It is then of the same generation, and stays.
+func TestRepairOfLivingSave(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, saved := contentOf("a", 100), make(chan struct{})
+		refused := false
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Machine == "r" && r.Op == "delete" {
+				<-saved
+				refused = true
+			}
+			return fakegcs.NoFault
+		})
+		go func() {
+			defer close(saved)
+			zip := io.MultiReader(sleepReader(3*time.Second), bytes.NewReader(a.zip))
+			require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+		}()
+		time.Sleep(time.Second)
+		state, err := ahead(f, "r").Repair(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Equal(t, Complete, state)
+		require.True(t, refused)
+		requireStored(t, f, a)
+	})
+}
+
 // Without a permission, Repair names it, and changes nothing.
 func TestRepairForbidden(t *testing.T) {
 	for denied, names := range map[string][]string{
