@@ -114,7 +114,7 @@ func (sf *singleFlight) fly(ctx context.Context, v version) (string, error) {
 func (sf *singleFlight) fetch(ctx context.Context, v version) (string, error) {
 	saved, err := sf.next.Stash(ctx, v.module, v.version)
 	var e *Error
-	if errors.As(err, &e) && e.Kind == KindAlreadyExists && e.Module == v.module {
+	if errors.As(err, &e) && e.Kind == KindAlreadyExists {
 		return cmp.Or(e.Version, saved, v.version), nil
 	}
 	return saved, err
