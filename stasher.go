@@ -91,11 +91,12 @@ func (sf *singleFlight) fly(ctx context.Context, v version) (string, error) {
 	f := &flight{s: s, v: v, waiter: waiter{s: s, v: v}}
 	waitCtx, cancel := context.WithTimeout(ctx, maxWait)
 	held, complete, err := f.claim(waitCtx)
+	err = s.wrapError(waitCtx, "Stash", v, err) // before waitCtx is cancelled
 	f.waiter.end(ctx)
 	cancel()
 	switch {
 	case err != nil:
-		return "", s.wrapError(waitCtx, "Stash", v, err)
+		return "", err
 	case complete:
 		return v.version, nil
 	case held:
