@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"mime/multipart"
 	"net"
@@ -487,6 +488,8 @@ func (r *rpc) readObject() error {
 		data = data[len(part):]
 		sent := m.ProtoReflect().Mutable(r.output.Descriptor().Fields().ByName("checksummed_data")).Message()
 		sent.Set(sent.Descriptor().Fields().ByName("content"), protoreflect.ValueOfBytes(part))
+		// The client (1.70) fails on content at the very end of a message.
+		sent.Set(sent.Descriptor().Fields().ByName("crc32c"), protoreflect.ValueOfUint32(crc32.Checksum(part, castagnoli)))
 		if err := r.SendMsg(m); err != nil || len(data) == 0 {
 			return err
 		}

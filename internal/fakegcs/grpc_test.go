@@ -185,6 +185,9 @@ func TestGRPCAgrees(t *testing.T) {
 		"reads": func(s *script) {
 			s.Put("empty", nil, nil)
 			s.Put("a", []byte("0123456789"), map[string]string{"k": "v"})
+			s.Put("large", bytes.Repeat([]byte("0123456789"), 500_000), nil)
+			s.read(s.bucket.Object("large"), 0, -1)
+			s.read(s.bucket.Object("large"), 1_000_000, 3_000_000)
 			s.read(s.bucket.Object("empty"), 0, -1)
 			s.read(s.bucket.Object("none"), 0, -1)
 			for _, span := range [][2]int64{{0, -1}, {0, 3}, {3, 4}, {3, -1}, {-3, -1}, {0, 100}} {
