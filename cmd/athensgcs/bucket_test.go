@@ -9,81 +9,51 @@ import (
 	"maps"
 	"net/http"
 	"slices"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"cloud.google.com/go/storage"
-	"github.com/fsouza/fake-gcs-server/fakestorage"
-	"github.com/stretchr/testify/require"
+	"github.com/stretchr/testify/assert"
 	"google.golang.org/api/option"
 
-	"github.com/athensgcs/gcs"
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// A bucket is one of the emulator, in process.
+// A bucket is one in memory, which the program runs on.
 type bucket struct {
-	t      *testing.T
-	next   http.RoundTripper
-	client *storage.Client
-	*storage.BucketHandle
-
-	checksums http.RoundTripper // of the database; may be nil
-
-	mu       sync.Mutex
-	requests []string            // method and path
-	hook     func(*http.Request) // called before each
+	*fakegcs.Server
+	t         testing.TB
+	transport http.RoundTripper
+	checksums http.RoundTripper // of a checksum database; may be nil
+	terminal  bool
 }
 
-func newBucket(t *testing.T) *bucket {
-	server, err := fakestorage.NewServerWithOptions(fakestorage.Options{NoListener: true})
-	require.NoError(t, err)
-	server.CreateBucketWithOpts(fakestorage.CreateBucketOpts{Name: "modules"})
-	b := &bucket{t: t, next: server.HTTPClient().Transport}
-	b.client, err = b.connect(t.Context(), false)
-	require.NoError(t, err)
-	t.Cleanup(func() { b.client.Close() })
-	b.BucketHandle = b.client.Bucket("modules")
-	return b
-}
-
-func (b *bucket) connect(ctx context.Context, _ bool) (*storage.Client, error) {
-	return storage.NewClient(ctx, option.WithHTTPClient(&http.Client{Transport: b}), option.WithoutAuthentication())
-}
-
-func (b *bucket) RoundTrip(req *http.Request) (*http.Response, error) {
-	b.mu.Lock()
-	b.requests = append(b.requests, req.Method+" "+req.URL.Path)
-	hook := b.hook
-	b.mu.Unlock()
-	if hook != nil {
-		hook(req)
-	}
-	return b.next.RoundTrip(req)
+func newBucket(t testing.TB) *bucket {
+	f := fakegcs.New()
+	t.Cleanup(func() {
+		_, bodies := f.InFlight()
+		assert.Zero(t, bodies, "an answer was not closed")
+		assert.Empty(t, f.Violations())
+		f.Close()
+	})
+	return &bucket{Server: f, t: t, transport: f.Register("athensgcs")}
 }
 
 // run runs the program on the bucket.
 func (b *bucket) run(args ...string) (status int, stdout, stderr string) {
 	b.t.Helper()
 	var out, errs bytes.Buffer
-	p := &program{stdout: &out, stderr: &errs, connect: b.connect, transport: b.checksums}
-	status = p.run(b.t.Context(), slices.Concat(args[:1], []string{"-bucket", "modules"}, args[1:]))
+	status = b.start(b.t.Context(), &out, &errs, args...)
 	return status, out.String(), errs.String()
 }
 
-func (b *bucket) put(name, data string, metadata map[string]string) {
-	b.t.Helper()
-	w := b.Object(name).NewWriter(b.t.Context())
-	w.ChunkSize, w.Metadata = 0, metadata
-	_, err := io.WriteString(w, data)
-	require.NoError(b.t, err)
-	require.NoError(b.t, w.Close())
+func (b *bucket) start(ctx context.Context, stdout, stderr io.Writer, args ...string) (status int) {
+	p := &program{stdout: stdout, stderr: stderr, connect: b.connect, terminal: b.terminal, transport: b.checksums}
+	return p.run(ctx, slices.Concat(args[:1], []string{"-bucket", fakegcs.Bucket}, args[1:]))
 }
 
-// marker is the metadata of a save that was alive so long ago.
-func marker(ago time.Duration, id string) map[string]string {
-	return map[string]string{"in-progress": time.Now().Add(-ago).UTC().Format(time.RFC3339Nano), "save-id": id}
+func (b *bucket) connect(ctx context.Context, _ bool) (*storage.Client, error) {
+	return storage.NewClient(ctx, option.WithHTTPClient(&http.Client{Transport: b.transport}), option.WithoutAuthentication())
 }
 
 // A release is a version of a module as a proxy serves it.
@@ -97,6 +67,7 @@ func newRelease(module, version string) release {
 	})}
 }
 
+// newZip returns a module zip.
 func newZip(module, version string, files map[string]string) string {
 	var b bytes.Buffer
 	z := zip.NewWriter(&b)
@@ -110,55 +81,33 @@ func newZip(module, version string, files map[string]string) string {
 
 func (r release) object(ext string) string { return r.module + "/@v/" + r.version + "." + ext }
 
-// save stores the release as a server does.
-func (b *bucket) save(r release) {
-	b.t.Helper()
-	err := gcs.NewStorage(b.BucketHandle).Save(b.t.Context(), r.module, r.version, []byte(r.mod), strings.NewReader(r.zip), nil, []byte(r.info))
-	require.NoError(b.t, err)
+// put stores these objects of the release, with that metadata.
+func (b *bucket) put(r release, metadata map[string]string, exts ...string) {
+	for _, ext := range exts {
+		data := map[string]string{"info": r.info, "mod": r.mod, "zip": r.zip}[ext]
+		b.Put(r.object(ext), []byte(data), metadata)
+	}
 }
 
-// putAll stores the objects of the release without a save, the .mod with that
-// metadata.
-func (b *bucket) putAll(r release, metadata map[string]string) {
-	b.t.Helper()
-	var id map[string]string
-	if metadata != nil {
-		id = map[string]string{"save-id": metadata["save-id"]}
-	}
-	b.put(r.object("info"), r.info, id)
-	b.put(r.object("mod"), r.mod, metadata)
-	b.put(r.object("zip"), r.zip, id)
-}
-
-// names returns the names of the objects.
-func (b *bucket) names() []string {
-	b.t.Helper()
-	var names []string
-	for it := b.Objects(b.t.Context(), nil); ; {
-		attrs, err := it.Next()
-		if err != nil {
-			return names
-		}
-		names = append(names, attrs.Name)
-	}
+// marked is the metadata of the save of that id that was alive so long ago.
+func marked(id string, ago time.Duration) map[string]string {
+	return map[string]string{"in-progress": time.Now().Add(-ago).UTC().Format(time.RFC3339Nano), "save-id": id}
 }
 
 // fillStates stores a version in every state.
 func (b *bucket) fillStates() {
-	b.t.Helper()
 	r := func(name string) release { return newRelease("example.com/"+name, "v1.0.0") }
-	b.putAll(r("complete"), nil)
-	b.putAll(newRelease("example.com/complete", "v1.1.0"), nil)
-	b.put(r("partial").object("info"), r("partial").info, nil)
-	b.put(r("partial").object("mod"), r("partial").mod, nil)
-	b.put(r("abandoned").object("mod"), r("abandoned").mod, marker(0, "A"))
-	b.put(r("failed").object("mod"), r("failed").mod, map[string]string{"in-progress": "1970-01-01T00:00:00Z", "save-id": "F"})
-	b.putAll(r("mixed"), marker(0, "M"))
-	b.put(r("mixed").object("zip"), r("mixed").zip, map[string]string{"save-id": "other"})
-	b.putAll(r("unfinished"), marker(0, "U"))
-	b.put(r("staleclaim").object("lock"), "", marker(0, "S"))
-	b.put("example.com/unrelated.txt", "no module", nil)
+	b.put(r("complete"), nil, "info", "mod", "zip")
+	b.put(newRelease("example.com/complete", "v1.1.0"), nil, "info", "mod", "zip")
+	b.put(r("partial"), nil, "info", "mod")
+	b.put(r("abandoned"), marked("A", 0), "mod")
+	b.put(r("failed"), map[string]string{"in-progress": "1970-01-01T00:00:00Z", "save-id": "F"}, "mod")
+	b.put(r("mixed"), marked("M", 0), "info", "mod")
+	b.put(r("mixed"), map[string]string{"save-id": "other"}, "zip")
+	b.put(r("unfinished"), marked("U", 0), "info", "mod", "zip")
+	b.put(r("staleclaim"), marked("S", 0), "lock")
+	b.Put("example.com/unrelated.txt", []byte("no module"), nil)
 	time.Sleep(3 * time.Hour)
-	b.put(r("inprogress").object("mod"), r("inprogress").mod, marker(10*time.Second, "I"))
-	b.put(r("claimed").object("lock"), "", marker(10*time.Second, "C"))
+	b.put(r("inprogress"), marked("I", 10*time.Second), "mod")
+	b.put(r("claimed"), marked("C", 10*time.Second), "lock")
 }

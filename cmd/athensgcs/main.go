@@ -135,7 +135,7 @@ func (p *program) execute(ctx context.Context, command command) (int, error) {
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return 0, errors.New("interrupted; run it again to see the rest")
-	case gcs.Is(err, gcs.KindNotFound):
+	case gcs.Is(err, gcs.KindNotFound), errors.Is(err, storage.ErrBucketNotExist):
 		return 0, fmt.Errorf("there is no bucket %s; look for its name with gcloud storage ls", p.bucket)
 	}
 	return status, err

@@ -11,21 +11,23 @@ import (
 
 // A progress shows on a terminal how many versions and bytes a command has passed.
 type progress struct {
+	w        io.Writer
 	mu       sync.Mutex
 	bar      *progressbar.ProgressBar // nil shows nothing
 	total    int64                    // bytes to pass, 0 when not known
-	versions int64
+	versions int
 	bytes    int64
+	drawn    bool // the bar is on the terminal
 }
 
 // newProgress returns a progress that shows a bar with the time left when it
 // is told how many bytes there are in total, and a rate otherwise.
 func newProgress(w io.Writer, total int64) *progress {
+	p := &progress{w: w, total: total}
 	options := []progressbar.Option{
-		progressbar.OptionSetWriter(w),
+		progressbar.OptionSetWriter(p),
 		progressbar.OptionThrottle(100 * time.Millisecond),
 		progressbar.OptionUseANSICodes(true),
-		progressbar.OptionClearOnFinish(),
 	}
 	if total == 0 {
 		options = append(options,
@@ -34,10 +36,18 @@ func newProgress(w io.Writer, total int64) *progress {
 			progressbar.OptionSetPredictTime(false),
 			progressbar.OptionSetSpinnerChangeInterval(0), // no goroutine
 		)
-		return &progress{bar: progressbar.NewOptions64(-1, options...)}
+		p.bar = progressbar.NewOptions64(-1, options...)
+		return p
 	}
 	options = append(options, progressbar.OptionShowBytes(true), progressbar.OptionShowCount(), progressbar.OptionSetWidth(20))
-	return &progress{bar: progressbar.NewOptions64(total, options...), total: total}
+	p.bar = progressbar.NewOptions64(total, options...)
+	return p
+}
+
+// Write draws the bar, for the bar.
+func (p *progress) Write(b []byte) (int, error) {
+	p.drawn = true
+	return p.w.Write(b)
 }
 
 // add counts a version.
@@ -49,7 +59,7 @@ func (p *progress) add(bytes int64) {
 	}
 	p.versions++
 	p.bytes += bytes
-	text := humanize.Comma(p.versions) + " versions"
+	text := plural(p.versions, "version")
 	step := min(bytes, p.total-p.bytes+bytes) // a version may have come after the total
 	if p.total == 0 {
 		text += ", " + humanize.Bytes(uint64(p.bytes))
@@ -63,9 +73,7 @@ func (p *progress) add(bytes int64) {
 func (p *progress) aside(f func() error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.bar != nil {
-		_ = p.bar.Clear()
-	}
+	p.clear()
 	return f()
 }
 
@@ -73,8 +81,13 @@ func (p *progress) aside(f func() error) error {
 func (p *progress) done() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.bar != nil {
-		_ = p.bar.Finish()
-		p.bar = nil
+	p.clear()
+	p.bar = nil
+}
+
+func (p *progress) clear() {
+	if p.drawn {
+		_ = p.bar.Clear()
+		p.drawn = false
 	}
 }

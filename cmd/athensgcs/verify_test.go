@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"io/fs"
 	"net/http"
@@ -19,6 +20,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/mod/sumdb"
 	"golang.org/x/mod/sumdb/note"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // fillModules stores versions that are right, wrong in each way, and not complete,
@@ -33,7 +36,7 @@ func (b *bucket) fillModules() (sums map[string]string) {
 		if change != nil {
 			change(&r)
 		}
-		b.putAll(r, nil)
+		b.put(r, nil, "info", "mod", "zip")
 	}
 	other := newRelease("example.com/other", "v1.0.0")
 	add("fine", nil)
@@ -50,12 +53,12 @@ func (b *bucket) fillModules() (sums map[string]string) {
 	add("badinfo", func(r *release) { r.info = "<html>" })
 	add("badzip", func(r *release) { r.zip = "<html>" })
 	add("otherzip", func(r *release) { r.zip = other.zip })
-	b.put("example.com/partial/@v/v1.0.0.mod", "module example.com/partial\n", nil)
+	b.put(newRelease("example.com/partial", "v1.0.0"), nil, "mod")
 	return sums
 }
 
 // sums returns the release's lines in a go.sum file.
-func (r release) sums(t *testing.T) string {
+func (r release) sums(t testing.TB) string {
 	file := filepath.Join(t.TempDir(), "module.zip")
 	require.NoError(t, os.WriteFile(file, []byte(r.zip), 0o666))
 	var res result
@@ -139,7 +142,7 @@ func TestVerify(t *testing.T) {
 			delete(sums, "example.com/nogomod@v1.0.0")
 			db := newSumServer(t, sums)
 			b.checksums = db
-			before := b.names()
+			before := b.Names()
 			for i := range tt.args {
 				tt.args[i] = strings.ReplaceAll(tt.args[i], "KEY", db.key)
 			}
@@ -147,7 +150,7 @@ func TestVerify(t *testing.T) {
 			golden(t, tt.golden, stdout)
 			assert.Empty(t, stderr)
 			assert.Equal(t, statusFound, status)
-			assert.Equal(t, before, b.names())
+			assert.Equal(t, before, b.Names())
 			assertNoFiles(t)
 		})
 	}
@@ -160,14 +163,12 @@ func clearGoEnv(t *testing.T) {
 	for _, name := range []string{"GOPROXY", "GONOSUMDB", "GOPRIVATE"} {
 		t.Setenv(name, "")
 	}
-	dir := t.TempDir()
-	t.Setenv("TMPDIR", filepath.Join(dir, "tmp"))
-	require.NoError(t, os.Mkdir(os.Getenv("TMPDIR"), 0o777))
+	t.Setenv("TMPDIR", t.TempDir())
 }
 
 func assertNoFiles(t *testing.T) {
 	t.Helper()
-	files, err := os.ReadDir(os.Getenv("TMPDIR"))
+	files, err := filepath.Glob(filepath.Join(os.TempDir(), "athensgcs-*"))
 	require.NoError(t, err)
 	assert.Empty(t, files)
 }
@@ -177,7 +178,7 @@ func TestVerifyFine(t *testing.T) {
 	clearGoEnv(t)
 	b := newBucket(t)
 	r := newRelease("example.com/Fine", "v1.0.0")
-	b.putAll(r, nil)
+	b.put(r, nil, "info", "mod", "zip")
 	db := newSumServer(t, map[string]string{"example.com/Fine@v1.0.0": r.sums(t)})
 	b.checksums = db
 	status, stdout, stderr := b.run("verify", "-sumdb", db.key)
@@ -204,7 +205,7 @@ func TestSumdbRoute(t *testing.T) {
 		t.Setenv("GOPROXY", tt.goproxy)
 		b := newBucket(t)
 		r := newRelease("example.com/fine", "v1.0.0")
-		b.putAll(r, nil)
+		b.put(r, nil, "info", "mod", "zip")
 		db := newSumServer(t, map[string]string{"example.com/fine@v1.0.0": r.sums(t)})
 		b.checksums = db
 		status, stdout, stderr := b.run("verify", "-sumdb", db.key+tt.url)
@@ -228,7 +229,7 @@ func TestGONOSUMDB(t *testing.T) {
 		t.Setenv("GONOSUMDB", tt.gonosumdb)
 		t.Setenv("GOPRIVATE", tt.goprivate)
 		b := newBucket(t)
-		b.putAll(newRelease("example.com/private", "v1.0.0"), nil)
+		b.put(newRelease("example.com/private", "v1.0.0"), nil, "info", "mod", "zip")
 		db := newSumServer(t, nil)
 		b.checksums = db
 		status, stdout, _ := b.run("verify", "-sumdb", db.key)
@@ -262,7 +263,7 @@ func TestSumdbFails(t *testing.T) {
 			sums := map[string]string{}
 			for _, name := range []string{"example.com/a", "example.com/b"} {
 				r := newRelease(name, "v1.0.0")
-				b.putAll(r, nil)
+				b.put(r, nil, "info", "mod", "zip")
 				sums[name+"@v1.0.0"] = r.sums(t)
 			}
 			db := newSumServer(t, sums)
@@ -291,7 +292,7 @@ func TestSumdbForks(t *testing.T) {
 	sums := map[string]string{}
 	for _, name := range []string{"example.com/a", "example.com/b", "example.com/c"} {
 		r := newRelease(name, "v1.0.0")
-		b.putAll(r, nil)
+		b.put(r, nil, "info", "mod", "zip")
 		sums[name+"@v1.0.0"] = r.sums(t)
 	}
 	db := newSumServer(t, sums)
@@ -311,7 +312,10 @@ func TestSumdbForks(t *testing.T) {
 func TestManyLookups(t *testing.T) {
 	clearGoEnv(t)
 	r := newRelease("example.com/a", "v1.0.0")
-	db := newSumServer(t, map[string]string{"example.com/a@v1.0.0": r.sums(t), "example.com/b@v1.0.0": r.sums(t)})
+	db := newSumServer(t, map[string]string{
+		"example.com/a@v1.0.0": r.sums(t),
+		"example.com/b@v1.0.0": newRelease("example.com/b", "v1.0.0").sums(t),
+	})
 	d, err := newDatabase(t.Context(), db.key, db)
 	require.NoError(t, err)
 	for range clientLookups + 1 {
@@ -362,20 +366,18 @@ func TestVerifyGone(t *testing.T) {
 	for _, ext := range []string{"info", "mod", "zip"} {
 		b := newBucket(t)
 		gone := newRelease("example.com/gone", "v1.0.0")
-		b.putAll(gone, nil)
-		b.putAll(newRelease("example.com/stays", "v1.0.0"), nil)
-		var once sync.Once
-		b.hook = func(req *http.Request) {
-			if strings.HasSuffix(req.URL.Path, gone.object(ext)) {
-				once.Do(func() {
-					for _, ext := range []string{"info", "mod", "zip"} {
-						assert.NoError(t, b.Object(gone.object(ext)).Delete(t.Context()))
-					}
-				})
+		b.put(gone, nil, "info", "mod", "zip")
+		b.put(newRelease("example.com/stays", "v1.0.0"), nil, "info", "mod", "zip")
+		b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "get" && r.Object == gone.object(ext) {
+				for _, ext := range []string{"info", "mod", "zip"} {
+					b.Remove(gone.object(ext))
+				}
 			}
-		}
+			return fakegcs.NoFault
+		})
 		status, stdout, stderr := b.run("verify")
-		assert.Equal(t, "1 version, 439 B: 0 wrong; 1 gone meanwhile\n", stdout)
+		assert.Equal(t, "1 version, 424 B: 0 wrong; 1 gone meanwhile\n", stdout)
 		assert.Empty(t, stderr)
 		assert.Equal(t, statusOK, status)
 		assertNoFiles(t)
@@ -390,17 +392,17 @@ func TestVerifyAtOnce(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBucket(t)
 			for _, version := range []string{"v1.0.0", "v1.1.0", "v1.2.0", "v1.3.0", "v1.4.0", "v1.5.0", "v1.6.0"} {
-				b.putAll(newRelease("example.com/a", version), nil)
+				b.put(newRelease("example.com/a", version), nil, "info", "mod", "zip")
 			}
 			var reading, most atomic.Int32
-			b.hook = func(req *http.Request) {
-				if strings.HasSuffix(req.URL.Path, ".zip") {
-					n := reading.Add(1)
-					most.Store(max(most.Load(), n))
+			b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "get" && strings.HasSuffix(r.Object, ".zip") {
+					most.Store(max(most.Load(), reading.Add(1)))
 					time.Sleep(time.Second)
 					reading.Add(-1)
 				}
-			}
+				return fakegcs.NoFault
+			})
 			status, _, _ := b.run("verify", "-j", strconv.Itoa(jobs))
 			assert.Equal(t, statusOK, status)
 			assert.EqualValues(t, jobs, most.Load())
