@@ -16,8 +16,8 @@ type reference interface {
 	lookup(module, version string) (checksums, error)
 }
 
-// checksums are the h1: hashes of a version that are right; none means that there
-// is nothing to compare with.
+// checksums are the h1: hashes of a version that are right. Without any there is
+// nothing to compare with.
 type checksums struct {
 	zip, mod []string
 }

@@ -339,3 +339,10 @@ func (m *memory) Write(line []byte) (int, error) {
 	}
 	return len(line), nil
 }
+
+func TestNoCredentials(t *testing.T) {
+	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "missing.json"))
+	var stdout, stderr bytes.Buffer
+	assert.Equal(t, statusFailed, run(t.Context(), []string{"check", "-bucket", "b"}, &stdout, &stderr))
+	assertLine(t, stderr.String(), "for credentials run gcloud auth application-default login")
+}

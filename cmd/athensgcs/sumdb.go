@@ -47,7 +47,7 @@ type database struct {
 	left    int               // lookups before the next client
 	latest  []byte            // signed tree
 	unknown map[string]string // what a lookup was told that found nothing, by path
-	crime   string            // security error
+	forged  string            // what shows that the database is; "" while nothing does
 }
 
 // references returns what the flags say to compare with.
@@ -158,8 +158,8 @@ func (d *database) reserve() *sumdb.Client {
 func (d *database) explain(record string, err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.crime != "" {
-		return fmt.Errorf("%w: %s", errMisbehaves, d.crime)
+	if d.forged != "" {
+		return fmt.Errorf("%w: %s", errMisbehaves, d.forged)
 	}
 	if reason, ok := d.unknown[record]; ok {
 		delete(d.unknown, record)
@@ -263,5 +263,5 @@ func (d *database) Log(string) {}
 func (d *database) SecurityError(msg string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.crime = msg
+	d.forged = msg
 }

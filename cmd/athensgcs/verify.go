@@ -15,16 +15,17 @@ import (
 
 // A verification is the summary of a verify.
 type verification struct {
-	Versions  int            `json:"versions"` // read
-	Bytes     int64          `json:"bytes"`
-	Wrong     int            `json:"wrong"`
-	Skipped   int            `json:"notComplete"`
-	Gone      int            `json:"gone"` // while they were read
-	Failed    int            `json:"failed"`
-	Compared  map[string]int `json:"compared,omitempty"` // by reference
-	Unknown   map[string]int `json:"unknown,omitempty"`
-	Excluded  int            `json:"excluded,omitempty"` // by GONOSUMDB
-	reference []reference
+	Versions int            `json:"versions"` // verified, right or wrong
+	Bytes    int64          `json:"bytes"`
+	Wrong    int            `json:"wrong"`
+	Skipped  int            `json:"notComplete"`
+	Gone     int            `json:"gone"` // deleted while they were read
+	Failed   int            `json:"failed"`
+	Compared map[string]int `json:"compared,omitempty"` // zips, by reference
+	Unknown  map[string]int `json:"unknown,omitempty"`
+	Excluded int            `json:"excluded,omitempty"` // by GONOSUMDB
+
+	references []reference
 }
 
 func (s *verification) empty() bool { return s.Versions+s.Skipped+s.Gone+s.Failed == 0 }
@@ -32,13 +33,13 @@ func (s *verification) empty() bool { return s.Versions+s.Skipped+s.Gone+s.Faile
 func (s *verification) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s, %s: %s wrong", plural(s.Versions, "version"), humanize.Bytes(uint64(s.Bytes)), humanize.Comma(int64(s.Wrong)))
-	for _, r := range s.reference {
-		fmt.Fprintf(&b, "; %d compared with %s, which does not know %d", s.Compared[r.name()], r.name(), s.Unknown[r.name()])
+	for _, r := range s.references {
+		fmt.Fprintf(&b, "; %d compared with %s, %d unknown to it", s.Compared[r.name()], r.name(), s.Unknown[r.name()])
 	}
 	for _, c := range []struct {
 		n    int
 		text string
-	}{{s.Excluded, "excluded by GONOSUMDB"}, {s.Skipped, "not complete, skipped"}, {s.Gone, "gone meanwhile"}, {s.Failed, "could not be read"}} {
+	}{{s.Excluded, "excluded by GONOSUMDB"}, {s.Skipped, "not complete, skipped"}, {s.Gone, "gone meanwhile"}, {s.Failed, "failed"}} {
 		if c.n > 0 {
 			fmt.Fprintf(&b, "; %d %s", c.n, c.text)
 		}
@@ -72,7 +73,7 @@ func (p *program) verify(ctx context.Context) (int, error) {
 	if err := p.measure(ctx); err != nil {
 		return 0, err
 	}
-	sum := &verification{Compared: map[string]int{}, Unknown: map[string]int{}, reference: references}
+	sum := &verification{Compared: map[string]int{}, Unknown: map[string]int{}, references: references}
 	var mu sync.Mutex
 	workers, workersCtx := errgroup.WithContext(ctx)
 	workers.SetLimit(p.jobs)

@@ -193,15 +193,16 @@ func (r *result) compare(ref reference) error {
 		r.excluded = true
 		return nil
 	case errors.As(err, &unknown):
-		if r.Unknown == nil {
-			r.Unknown = map[string]string{}
-		}
-		r.Unknown[ref.name()] = unknown.reason
+		r.unknownTo(ref, unknown.reason)
 		return nil
 	case err != nil:
 		return err
 	}
-	r.compared = append(r.compared, ref.name())
+	if len(want.zip) > 0 {
+		r.compared = append(r.compared, ref.name())
+	} else {
+		r.unknownTo(ref, "") // a go.sum may have the checksum of the .mod alone
+	}
 	for _, file := range []struct {
 		ext, got string
 		want     []string
@@ -211,4 +212,11 @@ func (r *result) compare(ref reference) error {
 		}
 	}
 	return nil
+}
+
+func (r *result) unknownTo(ref reference, reason string) {
+	if r.Unknown == nil {
+		r.Unknown = map[string]string{}
+	}
+	r.Unknown[ref.name()] = reason
 }

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// build builds a program of this repository.
+func build(t *testing.T, dir string) (binary string) {
+	t.Helper()
+	binary = filepath.Join(t.TempDir(), filepath.Base(dir)+".exe")
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", binary, dir).CombinedOutput()
+	require.NoError(t, err, string(out))
+	return binary
+}
+
+// TestBinary runs the program as a process.
+func TestBinary(t *testing.T) {
+	clearGoEnv(t)
+	binary := build(t, ".")
+	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
+	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
+}
+
+// listen serves the bucket to programs that are started after this.
+func (b *bucket) listen(t *testing.T) {
+	server := httptest.NewServer(b.Handler())
+	t.Cleanup(server.Close)
+	t.Setenv("STORAGE_EMULATOR_HOST", server.Listener.Addr().String())
+}
+
+// output runs a program and returns its exit status and all its output.
+func output(t *testing.T, binary string, args ...string) (int, string) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), binary, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode(), string(out)
+	}
+	require.NoError(t, err)
+	return 0, string(out)
+}
+
+func testCommands(t *testing.T, binary string) {
+	b := newBucket(t)
+	b.listen(t)
+	r := newRelease("example.com/hello", "v1.0.0")
+	b.put(r, nil, "info", "mod")
+	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusFound, code, out)
+	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .zip, written now; ")
+	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Empty(t, b.Names())
+	b.put(r, nil, "info", "mod", "zip")
+	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Equal(t, "1 version, 424 B: 0 wrong\n", out)
+	code, out = output(t, binary, "check", "-bucket", "nowhere")
+	assert.Equal(t, statusFailed, code)
+	assertLine(t, out, "there is no bucket nowhere")
+}
+
+// testSignal interrupts the program in the middle of a zip.
+func testSignal(t *testing.T, binary string) {
+	b := newBucket(t)
+	b.listen(t)
+	for _, version := range []string{"v1.0.0", "v1.1.0"} {
+		b.put(newRelease("example.com/hello", version), nil, "info", "mod", "zip")
+	}
+	cmd := exec.CommandContext(t.Context(), binary, "verify", "-bucket", fakegcs.Bucket, "-j", "1")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	started := make(chan struct{})
+	b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+		<-started
+		if r.Op == "get" && r.Object == "example.com/hello/@v/v1.1.0.zip" {
+			assert.NoError(t, cmd.Process.Signal(os.Interrupt))
+			return fakegcs.Hung
+		}
+		return fakegcs.NoFault
+	})
+	require.NoError(t, cmd.Start())
+	close(started)
+	var exit *exec.ExitError
+	require.ErrorAs(t, cmd.Wait(), &exit)
+	assert.Equal(t, statusFailed, exit.ExitCode())
+	assert.Equal(t, "until it stopped: 1 version, 424 B: 0 wrong\n", stdout.String())
+	assertLine(t, stderr.String(), "athensgcs verify: interrupted; run it again to see the rest")
+	assertNoFiles(t)
+}
+
+// TestGRPC expects -grpc to talk gRPC; the tests of the library say that it works.
+func TestGRPC(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	var mu sync.Mutex
+	var methods []string
+	server := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		method, _ := grpc.MethodFromServerStream(stream)
+		mu.Lock()
+		defer mu.Unlock()
+		methods = append(methods, method)
+		return status.Error(codes.PermissionDenied, "no")
+	}))
+	go func() { _ = server.Serve(l) }()
+	defer server.Stop()
+	t.Setenv("STORAGE_EMULATOR_HOST_GRPC", l.Addr().String())
+	var stdout, stderr bytes.Buffer
+	assert.Equal(t, statusFailed, run(t.Context(), []string{"verify", "-bucket", "b", "-grpc"}, &stdout, &stderr))
+	assertLine(t, stderr.String(), "PermissionDenied")
+	assert.Equal(t, []string{"/google.storage.v2.Storage/ListObjects"}, slices.Compact(methods))
+}
