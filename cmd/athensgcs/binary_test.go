@@ -1,14 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"sync"
 	"testing"
@@ -37,6 +41,7 @@ func TestBinary(t *testing.T) {
 	binary := build(t, ".")
 	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
 	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
+	t.Run("proxy", func(t *testing.T) { testProxy(t, binary) })
 }
 
 // listen serves the bucket to programs that are started after this.
@@ -105,6 +110,75 @@ func testSignal(t *testing.T, binary string) {
 	assert.Equal(t, "until it stopped: 1 version, 424 B: 0 wrong\n", stdout.String())
 	assertLine(t, stderr.String(), "athensgcs verify: interrupted; run it again to see the rest")
 	assertNoFiles(t)
+}
+
+// testProxy has a proxy serve a module, spoils the bucket, and expects the proxy to
+// serve it again after a repair.
+func testProxy(t *testing.T, binary string) {
+	upstream := t.TempDir()
+	for name, value := range map[string]string{
+		"GOENV": "off", "GOPROXY": "file://" + filepath.ToSlash(upstream), "GOSUMDB": "off", "GOWORK": "off", "GOFLAGS": "-mod=mod",
+	} {
+		t.Setenv(name, value)
+	}
+	r := newRelease("example.com/hello", "v1.0.0")
+	dir := filepath.Join(upstream, "example.com", "hello", "@v")
+	require.NoError(t, os.MkdirAll(dir, 0o777))
+	for name, data := range map[string]string{"list": "v1.0.0\n", "v1.0.0.info": r.info, "v1.0.0.mod": r.mod, "v1.0.0.zip": r.zip} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o666))
+	}
+	b := newBucket(t)
+	b.listen(t)
+	get := startProxy(t)
+
+	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
+	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+
+	b.Remove(r.object("info"))
+	code, out = output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusFound, code, out)
+	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .info")
+	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Contains(t, out, "removed")
+
+	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
+	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Regexp(t, `^1 version, \d+ B: 0 wrong\n$`, out)
+}
+
+// startProxy starts a proxy on the bucket that listens, and returns what reads a path
+// from it.
+func startProxy(t *testing.T) (get func(path string) string) {
+	t.Helper()
+	out, stdout, err := os.Pipe()
+	require.NoError(t, err)
+	proxy := exec.Command(build(t, "../../example/goproxy"), "-bucket", fakegcs.Bucket, "-addr", "127.0.0.1:0")
+	proxy.Stdout, proxy.Stderr = stdout, stdout
+	require.NoError(t, proxy.Start())
+	stdout.Close()
+	t.Cleanup(func() {
+		_ = proxy.Process.Signal(os.Interrupt)
+		_ = proxy.Wait()
+	})
+	lines := bufio.NewReader(out)
+	first, err := lines.ReadString('\n')
+	require.NoError(t, err)
+	go func() { _, _ = lines.WriteTo(io.Discard) }()
+	url := regexp.MustCompile(`http://127\.0\.0\.1:\d+`).FindString(first)
+	require.NotEmpty(t, url, first)
+	return func(path string) string {
+		t.Helper()
+		resp, err := http.Get(url + path)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusOK, resp.StatusCode, string(body))
+		return string(body)
+	}
 }
 
 // TestGRPC expects -grpc to talk gRPC; the tests of the library say that it works.

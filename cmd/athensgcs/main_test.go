@@ -52,6 +52,7 @@ func TestStates(t *testing.T) {
 		{"check-module.txt", "check -module example.com/complete", statusOK, false},
 		{"check-stale.txt", "check -stale 5s -module example.com/inprogress", statusFound, false},
 		{"dry-run.txt", "repair -dry-run", statusFound, false},
+		{"dry-run-module.txt", "repair -dry-run -module example.com/partial", statusFound, false},
 		{"dry-run.json", "repair -dry-run -json", statusFound, false},
 		{"repair.txt", "repair", statusFound, true},
 		{"repair.json", "repair -json", statusFound, true},
@@ -139,9 +140,9 @@ func TestNoBucket(t *testing.T) {
 // does not need.
 func TestPermissions(t *testing.T) {
 	for _, tt := range []struct{ args, permission, want string }{
-		{"check", "storage.objects.update", "storage.objects.update, which roles/storage.objectUser holds"},
+		{"check", "storage.objects.update", "storage.objects.update on the bucket, which roles/storage.objectUser holds"},
 		{"check", "storage.objects.list", "storage.objects.list"},
-		{"repair", "storage.objects.delete", "storage.objects.delete, which roles/storage.objectUser holds"},
+		{"repair", "storage.objects.delete", "storage.objects.delete on the bucket, which roles/storage.objectUser holds"},
 		{"repair -dry-run", "storage.objects.delete", ""},
 		{"repair -dry-run", "storage.objects.list", "storage.objects.list"},
 		{"verify", "storage.objects.list", "storage.objects.list"},
@@ -282,11 +283,11 @@ type fullDisk struct{}
 func (fullDisk) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
 
 func TestFullDisk(t *testing.T) {
-	for _, command := range []string{"check", "repair", "verify"} {
+	for _, args := range []string{"check", "check -json", "repair", "verify", "verify -json"} {
 		b := newBucket(t)
 		b.put(newRelease("example.com/fine", "v1.0.0"), nil, "info", "mod", "zip")
 		var stderr bytes.Buffer
-		assert.Equal(t, statusFailed, b.start(t.Context(), fullDisk{}, &stderr, command))
+		assert.Equal(t, statusFailed, b.start(t.Context(), fullDisk{}, &stderr, strings.Fields(args)...))
 		assertLine(t, stderr.String(), "no space left")
 	}
 }

@@ -60,13 +60,12 @@ func (p *progress) add(bytes int64) {
 	p.versions++
 	p.bytes += bytes
 	text := plural(p.versions, "version")
-	step := min(bytes, p.total-p.bytes+bytes) // a version may have come after the total
 	if p.total == 0 {
 		text += ", " + humanize.Bytes(uint64(p.bytes))
-		step = 1
+		bytes = 1 // a step is a version
 	}
 	p.bar.Describe(text)
-	_ = p.bar.Add64(max(step, 0))
+	_ = p.bar.Add64(bytes)
 }
 
 // aside takes the progress off the terminal while f prints.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"io/fs"
@@ -53,7 +54,9 @@ func (b *bucket) fillModules() (sums map[string]string) {
 	add("badinfo", func(r *release) { r.info = "<html>" })
 	add("badzip", func(r *release) { r.zip = "<html>" })
 	add("otherzip", func(r *release) { r.zip = other.zip })
+	sums["example.com/poisoned@v1.0.0"] = "example.com/poisoned v1.0.0 h2:abc=\n" + sums["example.com/poisoned@v1.0.0"]
 	b.put(newRelease("example.com/partial", "v1.0.0"), nil, "mod")
+	b.put(newRelease("nodots", "v1.0.0"), nil, "info", "mod", "zip") // no module has such a path
 	return sums
 }
 
@@ -334,6 +337,51 @@ func TestManyLookups(t *testing.T) {
 	db.restart()
 	_, err = d.lookup("example.com/b", "v1.0.0")
 	assert.ErrorIs(t, err, errMisbehaves)
+}
+
+// TestLookupAgain expects a lookup that has failed to be possible later.
+func TestLookupAgain(t *testing.T) {
+	clearGoEnv(t)
+	r := newRelease("example.com/a", "v1.0.0")
+	db := newSumServer(t, map[string]string{"example.com/a@v1.0.0": r.sums(t)})
+	d, err := newDatabase(t.Context(), db.key, db)
+	require.NoError(t, err)
+	db.answer = func(*http.Request) int { return http.StatusForbidden }
+	_, err = d.lookup(r.module, r.version)
+	require.ErrorContains(t, err, "403")
+	db.answer = func(*http.Request) int { return 0 }
+	sums, err := d.lookup(r.module, r.version)
+	require.NoError(t, err)
+	assert.Len(t, sums.zip, 1)
+	assert.Len(t, sums.mod, 1)
+}
+
+// TestInterruptedZip interrupts the download of a zip of which a half has come.
+func TestInterruptedZip(t *testing.T) {
+	clearGoEnv(t)
+	synctest.Test(t, func(t *testing.T) {
+		b := newBucket(t)
+		b.put(newRelease("example.com/a", "v1.0.0"), nil, "info", "mod", "zip")
+		ctx, interrupt := context.WithCancel(t.Context())
+		halves := 0
+		b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "get" && strings.HasSuffix(r.Object, ".zip") {
+				if halves++; halves == 1 {
+					return fakegcs.LostBody
+				}
+				files, _ := filepath.Glob(filepath.Join(os.TempDir(), "athensgcs-*"))
+				assert.Len(t, files, 1)
+				interrupt()
+				return fakegcs.Hung
+			}
+			return fakegcs.NoFault
+		})
+		var stdout, stderr bytes.Buffer
+		assert.Equal(t, statusFailed, b.start(ctx, &stdout, &stderr, "verify"))
+		assertLine(t, stderr.String(), "interrupted")
+		assert.Equal(t, 2, halves)
+		assertNoFiles(t)
+	})
 }
 
 func TestWrongReferences(t *testing.T) {
