@@ -16,10 +16,9 @@ type reference interface {
 	lookup(module, version string) (checksums, error)
 }
 
-// checksums are the h1: hashes of a version that are right. Without any there is
-// nothing to compare with.
+// checksums are the h1: hashes of a version's files. An empty one is not known.
 type checksums struct {
-	zip, mod []string
+	zip, mod string
 }
 
 // An unknownError says that a reference does not know a version, and why if that
@@ -35,8 +34,8 @@ var (
 
 // A goSum is a go.sum file.
 type goSum struct {
-	file string
-	sums map[string]checksums // by MODULE@VERSION
+	file   string
+	hashes map[string]string // by what is before the hash in a line
 }
 
 func readGoSum(file string) (*goSum, error) {
@@ -44,42 +43,34 @@ func readGoSum(file string) (*goSum, error) {
 	if err != nil {
 		return nil, fmt.Errorf("-sums: %w", err)
 	}
-	g := &goSum{file, map[string]checksums{}}
-	line := 0
-	for text := range strings.Lines(string(text)) {
-		line++
-		fields := strings.Fields(text)
-		if len(fields) == 0 {
-			continue
+	g := &goSum{file, map[string]string{}}
+	n := 0
+	for line := range strings.Lines(string(text)) {
+		n++
+		switch fields := strings.Fields(line); len(fields) {
+		case 0:
+		case 3:
+			if isH1(fields[2]) {
+				g.hashes[fields[0]+" "+fields[1]] = fields[2]
+			}
+		default:
+			return nil, fmt.Errorf("-sums: line %d of %s is not one of a go.sum file", n, file)
 		}
-		if len(fields) != 3 {
-			return nil, fmt.Errorf("-sums: line %d of %s is not one of a go.sum file", line, file)
-		}
-		g.add(fields[0], fields[1], fields[2])
 	}
 	return g, nil
 }
 
-func (g *goSum) add(module, version, hash string) {
-	if !strings.HasPrefix(hash, "h1:") {
-		return // an algorithm that is not known yet; the go command ignores it too
-	}
-	version, isMod := strings.CutSuffix(version, "/go.mod")
-	sums := g.sums[module+"@"+version]
-	if isMod {
-		sums.mod = append(sums.mod, hash)
-	} else {
-		sums.zip = append(sums.zip, hash)
-	}
-	g.sums[module+"@"+version] = sums
-}
+// isH1 reports whether the hash is of the only algorithm that there is. The go
+// command ignores others too.
+func isH1(hash string) bool { return strings.HasPrefix(hash, "h1:") }
 
 func (g *goSum) name() string { return g.file }
 
 func (g *goSum) lookup(module, version string) (checksums, error) {
-	sums, ok := g.sums[module+"@"+version]
-	if !ok {
-		return checksums{}, unknownError{}
+	line := module + " " + version
+	sums := checksums{g.hashes[line], g.hashes[line+"/go.mod"]}
+	if sums == (checksums{}) {
+		return sums, unknownError{}
 	}
 	return sums, nil
 }

@@ -128,18 +128,17 @@ func (d *database) lookup(path, version string) (checksums, error) {
 		return checksums{}, d.explain(record, err)
 	}
 	mod, err := client.Lookup(path, version+"/go.mod") // in the same record
-	return checksums{hashes(zip), hashes(mod)}, err
+	return checksums{hashIn(zip), hashIn(mod)}, err
 }
 
-// hashes takes the h1: hashes out of lines of a go.sum file.
-func hashes(lines []string) []string {
-	var h []string
+// hashIn returns the h1: hash in lines of a go.sum file.
+func hashIn(lines []string) string {
 	for _, line := range lines {
-		if f := strings.Fields(line); len(f) == 3 && strings.HasPrefix(f[2], "h1:") {
-			h = append(h, f[2])
+		if hash := line[strings.LastIndexByte(line, ' ')+1:]; isH1(hash) {
+			return hash
 		}
 	}
-	return h
+	return ""
 }
 
 // reserve returns a client for one lookup.

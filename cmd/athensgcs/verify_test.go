@@ -54,7 +54,8 @@ func (b *bucket) fillModules() (sums map[string]string) {
 	add("badinfo", func(r *release) { r.info = "<html>" })
 	add("badzip", func(r *release) { r.zip = "<html>" })
 	add("otherzip", func(r *release) { r.zip = other.zip })
-	sums["example.com/poisoned@v1.0.0"] = "example.com/poisoned v1.0.0 h2:abc=\n" + sums["example.com/poisoned@v1.0.0"]
+	future := "example.com/poisoned v1.0.0 h2:abc=\n" // of an algorithm to come
+	sums["example.com/poisoned@v1.0.0"] = future + sums["example.com/poisoned@v1.0.0"] + future
 	b.put(newRelease("example.com/partial", "v1.0.0"), nil, "mod")
 	b.put(newRelease("nodots", "v1.0.0"), nil, "info", "mod", "zip") // no module has such a path
 	return sums
@@ -352,8 +353,8 @@ func TestLookupAgain(t *testing.T) {
 	db.answer = func(*http.Request) int { return 0 }
 	sums, err := d.lookup(r.module, r.version)
 	require.NoError(t, err)
-	assert.Len(t, sums.zip, 1)
-	assert.Len(t, sums.mod, 1)
+	assert.NotEmpty(t, sums.zip)
+	assert.NotEmpty(t, sums.mod)
 }
 
 // TestInterruptedZip interrupts the download of a zip of which a half has come.
