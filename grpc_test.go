@@ -129,8 +129,8 @@ func TestForbiddenOverBoth(t *testing.T) {
 	})
 }
 
-// everyCall is a call of each method, about a module whose v1.0.0 is complete.
-func everyCall(s *Storage, m string) map[string]func(ctx context.Context) error {
+// eachCall is a call of each method, about a module whose v1.0.0 is complete.
+func eachCall(s *Storage, m string) map[string]func(ctx context.Context) error {
 	return map[string]func(ctx context.Context) error{
 		"Save":    func(ctx context.Context) error { return saveVersion(ctx, s, m, "v2.0.0") },
 		"Exists":  func(ctx context.Context) error { _, err := s.Exists(ctx, m, "v1.0.0"); return err },
@@ -159,7 +159,7 @@ func TestAnswersOverBoth(t *testing.T) {
 			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				storeVersion(f, "m", "v1.0.0")
 				f.fault(fault, func(*fakegcs.Request) bool { return true })
-				for op, call := range everyCall(s, "m") {
+				for op, call := range eachCall(s, "m") {
 					err := call(t.Context())
 					require.Error(t, err, op)
 					require.Equal(t, kind, Kind(err), "%s: %v", op, err)
@@ -202,7 +202,7 @@ func TestContextEndsOverBoth(t *testing.T) {
 	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
 		f.fault(fakegcs.Hung, func(*fakegcs.Request) bool { return true })
-		for op, call := range everyCall(s, "m") {
+		for op, call := range eachCall(s, "m") {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Minute, cancel)
 			err := call(ctx)
