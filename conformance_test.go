@@ -510,7 +510,7 @@ func (f failing) Read([]byte) (int, error) { return 0, f.err }
 func (b *bench) contexts(t *testing.T) {
 	s := b.patient()
 	require.NoError(t, b.save(b.ctx, s, "v1.0.0", "first"))
-	for op, call := range everyCall(s, b.module) {
+	for op, call := range eachCall(s, b.module) {
 		cancelled, cancel := context.WithCancel(b.ctx)
 		cancel()
 		err := call(cancelled)
@@ -965,20 +965,13 @@ func (b *bench) catalog(t *testing.T) {
 	require.Equal(t, map[string]State{"v1.0.0": Complete, "v1.j": Complete, "v1": Complete, "v1.k": Partial}, states)
 }
 
-// stash is a Stasher made of a function.
-type stash func(ctx context.Context, module, vers string) (string, error)
-
-func (f stash) Stash(ctx context.Context, module, vers string) (string, error) {
-	return f(ctx, module, vers)
-}
-
 // singleFlight: two machines with three callers each make one call, and leave no claim.
 func (b *bench) singleFlight(t *testing.T) {
 	var fetches atomic.Int64
 	var g errgroup.Group
 	for i := range 2 {
 		s := b.patient()
-		flight := s.SingleFlight(stash(func(ctx context.Context, module, vers string) (string, error) {
+		flight := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
 			fetches.Add(1)
 			return vers, b.save(ctx, s, vers, fmt.Sprint(i))
 		}))
@@ -999,11 +992,11 @@ func (b *bench) singleFlight(t *testing.T) {
 	require.True(t, ok)
 
 	none := &Error{Op: "fetch", Kind: KindNotFound, Err: errors.New("no such version")}
-	_, err = b.patient().SingleFlight(stash(func(context.Context, string, string) (string, error) {
+	_, err = b.patient().SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
 		return "", none
 	})).Stash(b.ctx, b.module, "v2.0.0")
 	require.ErrorIs(t, err, none)
-	got, err := b.patient().SingleFlight(stash(func(_ context.Context, module, _ string) (string, error) {
+	got, err := b.patient().SingleFlight(stashFunc(func(_ context.Context, module, _ string) (string, error) {
 		return "", &Error{Op: "save", Kind: KindAlreadyExists, Module: module, Version: "v3.0.0", Err: errors.New("it is there")}
 	})).Stash(b.ctx, b.module, "latest")
 	require.NoError(t, err)
@@ -1028,7 +1021,7 @@ func (b *bench) claims(t *testing.T) {
 	_, err := b.patient().Repair(b.ctx, b.module, "v1.0.0")
 	require.NoError(t, err)
 	for vers, s := range map[string]*Storage{"v2.0.0": b.storage(WithStaleThreshold(time.Minute)), "v3.0.0": b.impatient()} {
-		got, err := s.SingleFlight(stash(func(ctx context.Context, module, vers string) (string, error) {
+		got, err := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
 			return vers, b.save(ctx, s, vers, "next")
 		})).Stash(b.ctx, b.module, vers)
 		require.NoError(t, err)
