@@ -36,15 +36,14 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	var b strings.Builder
-	b.WriteString(e.Op)
+	what := e.Op
 	if e.Module != "" {
-		b.WriteString(": " + e.Module)
+		what += ": " + e.Module
 	}
 	if e.Version != "" {
-		b.WriteString("@" + e.Version)
+		what += "@" + e.Version
 	}
-	return fmt.Sprintf("%s: %v", b.String(), e.Err)
+	return fmt.Sprintf("%s: %v", what, e.Err)
 }
 
 // Unwrap returns the cause.

@@ -96,55 +96,51 @@ type listing struct {
 
 // scan lists the objects whose names begin with prefix and come after the name
 // after, the first time up to size of them, and yields their versions in the order
-// of the names of their .zip objects. What is neither complete nor in progress is
-// listed once more.
+// of the names of their .zip objects.
 func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter.Seq2[listing, error] {
 	return func(yield func(listing, error) bool) {
 		// The objects of two versions interleave where one's name goes on where the
 		// other's has its ending, such as v1 and v1.j. A page can end between the
 		// objects of a version.
 		open := map[version]*snapshot{}
-		end := func(before string) bool { // yields what has no more objects to come
-			for _, v := range slices.SortedFunc(maps.Keys(open), compareVersions) {
-				if before != "" && s.bucket.name(v, extZip) >= before {
-					continue
-				}
-				found, err := s.found(ctx, v, *open[v])
-				delete(open, v)
-				if !yield(found, err) || err != nil {
-					return false
-				}
-			}
-			return true
-		}
-		q := &storage.Query{Prefix: prefix, StartOffset: after}
-		for token := ""; ; {
-			page, next, err := s.bucket.page(ctx, q, token, size)
+		for attrs, err := range s.bucket.list(ctx, &storage.Query{Prefix: prefix, StartOffset: after}, size) {
 			if err != nil {
 				yield(listing{}, err)
 				return
 			}
-			size = maxPage
-			for _, attrs := range page {
-				v, ext, ok := s.bucket.parse(attrs)
-				if !ok || attrs.Name <= after || s.bucket.name(v, extZip) <= after {
-					continue
-				}
-				if !end(attrs.Name) {
-					return
-				}
-				if open[v] == nil {
-					open[v] = new(snapshot)
-				}
-				*open[v].slot(ext) = attrs
+			v, ext, ok := s.bucket.parse(attrs)
+			if !ok || attrs.Name <= after || s.bucket.name(v, extZip) <= after {
+				continue
 			}
-			if token = next; token == "" {
-				end("")
+			if !s.close(ctx, open, attrs.Name, yield) {
 				return
 			}
+			if open[v] == nil {
+				open[v] = new(snapshot)
+			}
+			*open[v].slot(ext) = attrs
 		}
+		s.close(ctx, open, "", yield)
 	}
 }
+
+// close yields the open versions that have no objects to come from the name next
+// on; an empty one is the end. It reports whether the scan goes on.
+func (s *Storage) close(ctx context.Context, open map[version]*snapshot, next string, yield func(listing, error) bool) bool {
+	for _, v := range slices.SortedFunc(maps.Keys(open), compareVersions) {
+		if next != "" && s.bucket.name(v, extZip) >= next {
+			continue
+		}
+		found, err := s.found(ctx, v, *open[v])
+		delete(open, v)
+		if !yield(found, err) || err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+func compareVersions(a, b version) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }
 
 // found judges a version by the objects that the pages showed. What is neither
 // complete nor in progress there is listed once more.
@@ -161,5 +157,3 @@ func (s *Storage) found(ctx context.Context, v version, seen snapshot) (listing,
 	}
 	return listing{v, seen, state}, err
 }
-
-func compareVersions(a, b version) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }

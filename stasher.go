@@ -91,11 +91,12 @@ func (sf *singleFlight) fly(ctx context.Context, v version) (string, error) {
 	f := &flight{s: s, v: v, waiter: waiter{s: s, v: v}}
 	waitCtx, cancel := context.WithTimeout(ctx, maxWait)
 	held, complete, err := f.claim(waitCtx)
+	err = s.wrapError(waitCtx, "Stash", v, err) // before waitCtx is cancelled
 	f.waiter.end(ctx)
 	cancel()
 	switch {
 	case err != nil:
-		return "", s.wrapError(waitCtx, "Stash", v, err)
+		return "", err
 	case complete:
 		return v.version, nil
 	case held:
@@ -114,7 +115,7 @@ func (sf *singleFlight) fly(ctx context.Context, v version) (string, error) {
 func (sf *singleFlight) fetch(ctx context.Context, v version) (string, error) {
 	saved, err := sf.next.Stash(ctx, v.module, v.version)
 	var e *Error
-	if errors.As(err, &e) && e.Kind == KindAlreadyExists && e.Module == v.module {
+	if errors.As(err, &e) && e.Kind == KindAlreadyExists {
 		return cmp.Or(e.Version, saved, v.version), nil
 	}
 	return saved, err

@@ -118,14 +118,23 @@ func (b *bucket) stream(ctx context.Context, v version, cond storage.Conditions,
 		return z.err
 	case errors.Is(context.Cause(ctx), errHung):
 		return errHung
-	case z.md5 != nil && hasCode(err, http.StatusBadRequest, codes.InvalidArgument):
+	case z.md5 == nil:
+	case hasCode(err, http.StatusBadRequest, codes.InvalidArgument):
 		z.err = badRequest("zip", fmt.Errorf("was refused, with the MD5 %x that it was to have: %w", z.md5, err))
 		return z.err
-	case err == nil && z.md5 != nil && len(w.Attrs().MD5) > 0 && !bytes.Equal(w.Attrs().MD5, z.md5):
-		// An emulator that stores first. The save fails, so the object is no part of
-		// a version; but reads would find it.
-		z.err = z.mismatch(w.Attrs().MD5)
-		return errors.Join(z.err, b.remove(ctx, v, extZip, ifNotReplaced(w.Attrs())))
+	case err == nil:
+		return b.checkMD5(ctx, v, w.Attrs(), z)
 	}
 	return withWritePermission(err, cond)
+}
+
+// checkMD5 compares what the server says that it has stored with what it was to
+// store. An emulator may store before it checks. The save fails, so the object is no
+// part of a version; but reads would find it.
+func (b *bucket) checkMD5(ctx context.Context, v version, stored *storage.ObjectAttrs, z *source) error {
+	if len(stored.MD5) == 0 || bytes.Equal(stored.MD5, z.md5) {
+		return nil
+	}
+	z.err = z.mismatch(stored.MD5)
+	return errors.Join(z.err, b.remove(ctx, v, extZip, ifNotReplaced(stored)))
 }
