@@ -516,6 +516,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		{"of Athens", athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
 		{"of Athens, a pointer", &athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
 		{"of Athens, another kind outside", athensLike{"a", KindUnexpected, athensLike{"b", KindUnexpected, own}}, "", pseudoVersion},
+		{"of another module", &Error{Kind: KindAlreadyExists, Module: "other", Version: pseudoVersion}, "", pseudoVersion},
 		{"of no version", nameless, "", ""},
 		{"of no version, beside one", nameless, pseudoVersion, pseudoVersion},
 	} {
@@ -565,7 +566,6 @@ func TestSingleFlightErrors(t *testing.T) {
 		"of Athens":          &athensLike{"a", KindNotFound, io.EOF},
 		"of Athens, no ours": &athensLike{"a", KindAlreadyExists, io.EOF},
 		"of Athens, alone":   &athensLike{"a", KindAlreadyExists, nil},
-		"of another module":  fmt.Errorf("a: %w", &Error{Kind: KindAlreadyExists, Module: "other", Version: testVersion}),
 		"a failed repair":    &Error{Kind: KindUnexpected, Module: testModule, Err: &Error{Kind: KindAlreadyExists, Module: testModule}},
 		"cancelled":          context.Canceled,
 		"says so by words":   errors.New("409 already exists"),
