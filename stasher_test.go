@@ -158,6 +158,14 @@ func stashAll(t *testing.T, fleet []replica, spread time.Duration) (errs []error
 	return errs, time.Since(start)
 }
 
+// requireStash stashes a version and checks what is saved.
+func requireStash(t *testing.T, stasher Stasher, vers, want string) {
+	t.Helper()
+	saved, err := stasher.Stash(t.Context(), testModule, vers)
+	require.NoError(t, err)
+	require.Equal(t, want, saved)
+}
+
 func requireNoErrors(t *testing.T, errs []error) {
 	t.Helper()
 	require.NoError(t, errors.Join(errs...))
@@ -360,9 +368,7 @@ func TestSingleFlightJoinsAbandoned(t *testing.T) {
 			require.ErrorIs(t, err, context.Canceled)
 			time.Sleep(time.Second)
 		}
-		saved, err := a.Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.Equal(t, testVersion, saved)
+		requireStash(t, a, testVersion, testVersion)
 		require.Equal(t, 1, o.total())
 	})
 }
@@ -383,56 +389,39 @@ func TestSingleFlightBadRequest(t *testing.T) {
 	})
 }
 
-func TestSingleFlightComplete(t *testing.T) {
-	for name, mark := range map[string]map[string]string{
-		"complete":   nil,
-		"unfinished": marked(givenUp, "dead"),
-		"old Athens": {keyInProgressOld: "true"},
+// What is complete, or but for the last step, is not fetched again. What is left of
+// a version, if no save is at work on it, is fetched and healed.
+func TestSingleFlightFinds(t *testing.T) {
+	saved := map[string]string{keySaveID: "dead"}
+	type objects map[string]map[string]string
+	for name, test := range map[string]struct {
+		found           objects
+		calls, requests int
+	}{
+		"complete":   {objects{extInfo: saved, extZip: saved, extMod: nil}, 0, 1},
+		"unfinished": {objects{extInfo: saved, extZip: saved, extMod: marked(givenUp, "dead")}, 0, 2},
+		"old Athens": {objects{extInfo: nil, extZip: nil, extMod: {keyInProgressOld: "true"}}, 0, 2},
+		"partial":    {objects{extMod: nil, extInfo: nil}, 1, 0},
+		"given up":   {objects{extMod: marked(givenUp, "dead")}, 1, 0},
+		"abandoned":  {objects{extMod: marked(givenUp, "dead"), extZip: nil, extInfo: nil}, 1, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				for _, ext := range []string{extInfo, extZip} {
-					f.Put(objectName(ext), nil, map[string]string{keySaveID: "dead"})
+				for ext, metadata := range test.found {
+					f.Put(objectName(ext), []byte("old"), metadata)
 				}
-				f.Put(objectName(extMod), nil, mark)
 				time.Sleep(DefaultStaleThreshold)
 				o := &origin{}
 				a := newReplica(f, o, "a")
-				saved, err := a.Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, testVersion, saved)
-				require.Zero(t, o.total())
-				if mark == nil {
-					require.Len(t, f.Log(), 1)
-				} else {
-					require.Len(t, f.Log(), 2)
+				requireStash(t, a, testVersion, testVersion)
+				require.Equal(t, test.calls, o.total())
+				if test.calls == 0 {
+					require.Len(t, f.Log(), test.requests)
+					ok, err := a.s.Exists(t.Context(), testModule, testVersion)
+					require.NoError(t, err)
+					require.True(t, ok)
+					return
 				}
-				ok, err := a.s.Exists(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.True(t, ok)
-			})
-		})
-	}
-}
-
-// What is left of a version, if no save is at work on it, is fetched and healed.
-func TestSingleFlightHeals(t *testing.T) {
-	for name, objects := range map[string]map[string]map[string]string{
-		"partial":   {extMod: nil, extInfo: nil},
-		"given up":  {extMod: marked(givenUp, "dead")},
-		"abandoned": {extMod: marked(givenUp, "dead"), extZip: nil, extInfo: nil},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				for ext, metadata := range objects {
-					f.Put(objectName(ext), []byte("old"), metadata)
-				}
-				time.Sleep(2 * time.Second)
-				o := &origin{}
-				saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, testVersion, saved)
-				require.Equal(t, 1, o.total())
 				requireComplete(t, f, testModule, testVersion)
 			})
 		})
@@ -469,9 +458,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 				}
 				start := time.Now()
 				o := &origin{}
-				saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, testVersion, saved)
+				requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
 				require.Equal(t, test.calls, o.total())
 				require.Greater(t, time.Since(start), test.after-2*time.Second)
 				require.Less(t, time.Since(start), test.until)
@@ -502,11 +489,7 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 			return fakegcs.NoFault
 		})
 		o := &origin{}
-		group.Go(func() {
-			saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.Equal(t, testVersion, saved)
-		})
+		group.Go(func() { requireStash(t, newReplica(f, o, "a"), testVersion, testVersion) })
 		time.Sleep(5 * time.Second)
 		require.True(t, begun.Load())
 		require.Empty(t, locks(f))
@@ -533,6 +516,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		{"of Athens", athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
 		{"of Athens, a pointer", &athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
 		{"of Athens, another kind outside", athensLike{"a", KindUnexpected, athensLike{"b", KindUnexpected, own}}, "", pseudoVersion},
+		{"of another module", &Error{Kind: KindAlreadyExists, Module: "other", Version: pseudoVersion}, "", pseudoVersion},
 		{"of no version", nameless, "", ""},
 		{"of no version, beside one", nameless, pseudoVersion, pseudoVersion},
 	} {
@@ -582,7 +566,6 @@ func TestSingleFlightErrors(t *testing.T) {
 		"of Athens":          &athensLike{"a", KindNotFound, io.EOF},
 		"of Athens, no ours": &athensLike{"a", KindAlreadyExists, io.EOF},
 		"of Athens, alone":   &athensLike{"a", KindAlreadyExists, nil},
-		"of another module":  fmt.Errorf("a: %w", &Error{Kind: KindAlreadyExists, Module: "other", Version: testVersion}),
 		"a failed repair":    &Error{Kind: KindUnexpected, Module: testModule, Err: &Error{Kind: KindAlreadyExists, Module: testModule}},
 		"cancelled":          context.Canceled,
 		"says so by words":   errors.New("409 already exists"),
@@ -638,11 +621,7 @@ func TestSingleFlightQueries(t *testing.T) {
 				}))
 				var group sync.WaitGroup
 				for range 10 {
-					group.Go(func() {
-						saved, err := stasher.Stash(t.Context(), testModule, query)
-						require.NoError(t, err)
-						require.Equal(t, testVersion, saved)
-					})
+					group.Go(func() { requireStash(t, stasher, query, testVersion) })
 				}
 				group.Wait()
 				require.Equal(t, 1, calls)
@@ -670,9 +649,7 @@ func TestSingleFlightFleet(t *testing.T) {
 						for v := range 2 * versions { // two callers of each
 							group.Go(func() {
 								vers := fmt.Sprintf("v1.0.%d", v%versions)
-								saved, err := r.Stash(t.Context(), testModule, vers)
-								require.NoError(t, err)
-								require.Equal(t, vers, saved)
+								requireStash(t, r, vers, vers)
 								requireComplete(t, f, testModule, vers)
 							})
 						}
@@ -725,15 +702,14 @@ func TestSingleFlightHolderFails(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		fail func(call int) error
-		late time.Duration // the first fetch fails after so long
 	}{
 		{"once", func(call int) error {
 			if call == 1 {
 				return errGone
 			}
 			return nil
-		}, 0},
-		{"as all others do", func(int) error { return errGone }, 0},
+		}},
+		{"as all others do", func(int) error { return errGone }},
 	} {
 		for _, n := range []int{2, 8, 32} {
 			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
@@ -895,9 +871,7 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 		for i, r := range fleet {
 			group.Go(func() {
 				time.Sleep(time.Duration(i) * time.Second)
-				saved, err := r.Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, testVersion, saved)
+				requireStash(t, r, testVersion, testVersion)
 			})
 		}
 		time.Sleep(2 * time.Second)
@@ -1161,9 +1135,7 @@ func TestSingleFlightNoCreate(t *testing.T) {
 			for i := range 3 { // which find it out at the same time
 				group.Go(func() {
 					vers := fmt.Sprintf("v1.0.%d", i)
-					saved, err := stasher.Stash(t.Context(), testModule, vers)
-					require.NoError(t, err)
-					require.Equal(t, vers, saved)
+					requireStash(t, stasher, vers, vers)
 				})
 			}
 			group.Wait()
