@@ -55,24 +55,26 @@ func bytesSource(b []byte) *source {
 	return &source{head: b, whole: true, passes: []int64{int64(len(b))}}
 }
 
-// load reads ahead, once, and checks a small zip.
+// load reads ahead, once, and checks a small zip. If the context ends, the next
+// load goes on where this one was.
 func (z *source) load(ctx context.Context) error {
-	if z.whole || z.spent || z.err != nil {
-		return z.err
-	}
-	for size := min(blockSize, z.limit+1); ; size = min(4*size, z.limit+1) {
-		z.head = append(make([]byte, 0, size), z.head...)
-		n, err := z.fill(ctx, z.head[len(z.head):size])
+	for !z.whole && !z.spent && z.err == nil {
+		if len(z.head) == cap(z.head) {
+			size := min(max(blockSize, 4*cap(z.head)), z.limit+1)
+			z.head = append(make([]byte, 0, size), z.head...)
+		}
+		n, err := z.fill(ctx, z.head[len(z.head):cap(z.head)])
 		z.head = z.head[:len(z.head)+n]
-		switch {
-		case err == io.EOF:
+		if err == io.EOF {
 			z.whole = true
 			return z.check()
-		case err != nil || len(z.head) > z.limit:
-			z.spent = true
+		}
+		if err != nil {
 			return err
 		}
+		z.spent = len(z.head) > z.limit
 	}
+	return z.err
 }
 
 // check compares the hash of a zip in memory with what it must be.

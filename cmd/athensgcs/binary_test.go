@@ -1,0 +1,204 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// build builds a program of this repository.
+func build(t *testing.T, dir string) (binary string) {
+	t.Helper()
+	binary = filepath.Join(t.TempDir(), filepath.Base(dir)+".exe")
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", binary, dir).CombinedOutput()
+	require.NoError(t, err, string(out))
+	return binary
+}
+
+// TestBinary runs the program as a process.
+func TestBinary(t *testing.T) {
+	clearGoEnv(t)
+	binary := build(t, ".")
+	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
+	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
+	t.Run("proxy", func(t *testing.T) { testProxy(t, binary) })
+}
+
+// listen serves the bucket to programs that are started after this.
+func (b *bucket) listen(t *testing.T) {
+	server := httptest.NewServer(b.Handler())
+	t.Cleanup(server.Close)
+	t.Setenv("STORAGE_EMULATOR_HOST", server.Listener.Addr().String())
+}
+
+// output runs a program and returns its exit status and all its output.
+func output(t *testing.T, binary string, args ...string) (int, string) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), binary, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode(), string(out)
+	}
+	require.NoError(t, err)
+	return 0, string(out)
+}
+
+func testCommands(t *testing.T, binary string) {
+	b := newBucket(t)
+	b.listen(t)
+	r := newRelease("example.com/hello", "v1.0.0")
+	b.put(r, nil, "info", "mod")
+	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusFound, code, out)
+	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .zip, written now; ")
+	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Empty(t, b.Names())
+	b.put(r, nil, "info", "mod", "zip")
+	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Equal(t, "1 version, 424 B: 0 wrong\n", out)
+	code, out = output(t, binary, "check", "-bucket", "nowhere")
+	assert.Equal(t, statusFailed, code)
+	assertLine(t, out, "there is no bucket nowhere")
+}
+
+// testSignal interrupts the program in the middle of a zip.
+func testSignal(t *testing.T, binary string) {
+	b := newBucket(t)
+	b.listen(t)
+	for _, version := range []string{"v1.0.0", "v1.1.0"} {
+		b.put(newRelease("example.com/hello", version), nil, "info", "mod", "zip")
+	}
+	cmd := exec.CommandContext(t.Context(), binary, "verify", "-bucket", fakegcs.Bucket, "-j", "1")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	started := make(chan struct{})
+	b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+		<-started
+		if r.Op == "get" && r.Object == "example.com/hello/@v/v1.1.0.zip" {
+			assert.NoError(t, cmd.Process.Signal(os.Interrupt))
+			return fakegcs.Hung
+		}
+		return fakegcs.NoFault
+	})
+	require.NoError(t, cmd.Start())
+	close(started)
+	var exit *exec.ExitError
+	require.ErrorAs(t, cmd.Wait(), &exit)
+	assert.Equal(t, statusFailed, exit.ExitCode())
+	assert.Equal(t, "until it stopped: 1 version, 424 B: 0 wrong\n", stdout.String())
+	assertLine(t, stderr.String(), "athensgcs verify: interrupted; run it again to see the rest")
+	assertNoFiles(t)
+}
+
+// testProxy has a proxy serve a module, spoils the bucket, and expects the proxy to
+// serve it again after a repair.
+func testProxy(t *testing.T, binary string) {
+	upstream := t.TempDir()
+	for name, value := range map[string]string{
+		"GOENV": "off", "GOPROXY": "file://" + filepath.ToSlash(upstream), "GOSUMDB": "off", "GOWORK": "off", "GOFLAGS": "-mod=mod",
+	} {
+		t.Setenv(name, value)
+	}
+	r := newRelease("example.com/hello", "v1.0.0")
+	dir := filepath.Join(upstream, "example.com", "hello", "@v")
+	require.NoError(t, os.MkdirAll(dir, 0o777))
+	for name, data := range map[string]string{"list": "v1.0.0\n", "v1.0.0.info": r.info, "v1.0.0.mod": r.mod, "v1.0.0.zip": r.zip} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o666))
+	}
+	b := newBucket(t)
+	b.listen(t)
+	get := startProxy(t)
+
+	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
+	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+
+	b.Remove(r.object("info"))
+	code, out = output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusFound, code, out)
+	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .info")
+	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Contains(t, out, "removed")
+
+	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
+	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	assert.Equal(t, statusOK, code, out)
+	assert.Regexp(t, `^1 version, \d+ B: 0 wrong\n$`, out)
+}
+
+// startProxy starts a proxy on the bucket that listens, and returns what reads a path
+// from it.
+func startProxy(t *testing.T) (get func(path string) string) {
+	t.Helper()
+	out, stdout, err := os.Pipe()
+	require.NoError(t, err)
+	proxy := exec.Command(build(t, "../../example/goproxy"), "-bucket", fakegcs.Bucket, "-addr", "127.0.0.1:0")
+	proxy.Stdout, proxy.Stderr = stdout, stdout
+	require.NoError(t, proxy.Start())
+	stdout.Close()
+	t.Cleanup(func() {
+		_ = proxy.Process.Signal(os.Interrupt)
+		_ = proxy.Wait()
+	})
+	lines := bufio.NewReader(out)
+	first, err := lines.ReadString('\n')
+	require.NoError(t, err)
+	go func() { _, _ = lines.WriteTo(io.Discard) }()
+	url := regexp.MustCompile(`http://127\.0\.0\.1:\d+`).FindString(first)
+	require.NotEmpty(t, url, first)
+	return func(path string) string {
+		t.Helper()
+		resp, err := http.Get(url + path)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusOK, resp.StatusCode, string(body))
+		return string(body)
+	}
+}
+
+// TestGRPC expects -grpc to talk gRPC; the tests of the library say that it works.
+func TestGRPC(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	var mu sync.Mutex
+	var methods []string
+	server := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		method, _ := grpc.MethodFromServerStream(stream)
+		mu.Lock()
+		defer mu.Unlock()
+		methods = append(methods, method)
+		return status.Error(codes.PermissionDenied, "no")
+	}))
+	go func() { _ = server.Serve(l) }()
+	defer server.Stop()
+	t.Setenv("STORAGE_EMULATOR_HOST_GRPC", l.Addr().String())
+	var stdout, stderr bytes.Buffer
+	assert.Equal(t, statusFailed, run(t.Context(), []string{"verify", "-bucket", "b", "-grpc"}, &stdout, &stderr))
+	assertLine(t, stderr.String(), "PermissionDenied")
+	assert.Equal(t, []string{"/google.storage.v2.Storage/ListObjects"}, slices.Compact(methods))
+}

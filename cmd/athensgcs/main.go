@@ -1,0 +1,154 @@
+// Athensgcs shows what is in a bucket of Go modules, repairs what saves and
+// deletes that were cut short left there, and verifies the modules' checksums.
+//
+//	athensgcs check  -bucket NAME
+//	athensgcs repair -bucket NAME
+//	athensgcs verify -bucket NAME
+//
+// Run athensgcs help for the exit statuses, and athensgcs COMMAND -h for the flags
+// of a command, with examples.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"cloud.google.com/go/storage"
+	"golang.org/x/term"
+
+	"github.com/athensgcs/gcs"
+)
+
+const help = `Athensgcs looks after a Cloud Storage bucket of Go modules.
+
+    athensgcs check  -bucket NAME   show the versions that are not complete
+    athensgcs repair -bucket NAME   make them right, or remove what is left of them
+    athensgcs verify -bucket NAME   check the files of the complete versions
+
+athensgcs COMMAND -h shows the flags of a command, with examples.
+
+Exit status:
+    0  all is well
+    1  check and repair: some versions are not complete; verify: some are wrong
+    2  not everything could be looked at: wrong flags, no such bucket, a missing
+       permission, a failure on the way, an interrupt
+`
+
+// The exit statuses.
+const (
+	statusOK     = 0
+	statusFound  = 1
+	statusFailed = 2
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second interrupt does not wait
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	f, ok := stderr.(*os.File)
+	p := &program{stdout: stdout, stderr: stderr, connect: connect, terminal: ok && term.IsTerminal(int(f.Fd()))}
+	return p.run(ctx, args)
+}
+
+// connect returns a client with application default credentials, or one of the
+// emulator that the environment names.
+func connect(ctx context.Context, grpc bool) (*storage.Client, error) {
+	if grpc {
+		return storage.NewGRPCClient(ctx)
+	}
+	return storage.NewClient(ctx)
+}
+
+// A program is one run of athensgcs.
+type program struct {
+	options
+	stdout, stderr io.Writer
+	connect        func(ctx context.Context, grpc bool) (*storage.Client, error)
+	terminal       bool              // stderr is one
+	transport      http.RoundTripper // to the checksum database; nil for the default
+
+	storage  *gcs.Storage
+	progress *progress
+}
+
+// A command returns the exit status, which an error makes statusFailed.
+type command func(*program, context.Context) (int, error)
+
+var commands = map[string]command{"check": (*program).check, "repair": (*program).repair, "verify": (*program).verify}
+
+func (p *program) run(ctx context.Context, args []string) int {
+	if len(args) == 0 {
+		return p.fail("athensgcs", errors.New("the command is missing: check, repair or verify; run athensgcs help"))
+	}
+	name, args := args[0], args[1:]
+	switch name {
+	case "help", "-h", "-help", "--help":
+		fmt.Fprint(p.stdout, help)
+		return statusOK
+	}
+	command, ok := commands[name]
+	if !ok {
+		return p.fail("athensgcs", fmt.Errorf("there is no command %q, but check, repair and verify; run athensgcs help", name))
+	}
+	flags := p.flags(name)
+	err := p.parse(flags, args)
+	if errors.Is(err, flag.ErrHelp) {
+		flags.SetOutput(p.stdout)
+		flags.Usage()
+		return statusOK
+	}
+	if err != nil {
+		return p.fail("athensgcs "+name, fmt.Errorf("%w; run athensgcs %s -h", err, name))
+	}
+	status, err := p.execute(ctx, command)
+	if err != nil {
+		return p.fail("athensgcs "+name, err)
+	}
+	return status
+}
+
+func (p *program) fail(who string, err error) int {
+	fmt.Fprintf(p.stderr, "%s: %s\n", who, oneLine(err))
+	return statusFailed
+}
+
+func (p *program) execute(ctx context.Context, command command) (int, error) {
+	client, err := p.connect(ctx, p.grpc)
+	if err != nil {
+		return 0, fmt.Errorf("%w; for credentials run gcloud auth application-default login", err)
+	}
+	defer client.Close()
+	p.storage = gcs.NewStorage(client.Bucket(p.bucket), gcs.WithPrefix(p.prefix), gcs.WithStaleThreshold(p.stale))
+	p.show(0)
+	defer func() { p.progress.done() }()
+	status, err := command(p, ctx)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return 0, errors.New("interrupted; run it again to see the rest")
+	case gcs.Is(err, gcs.KindNotFound), errors.Is(err, storage.ErrBucketNotExist):
+		return 0, fmt.Errorf("there is no bucket %s; look for its name with gcloud storage ls", p.bucket)
+	}
+	return status, err
+}
+
+// show starts the display of progress anew, with the bytes that are to pass if
+// that is known.
+func (p *program) show(total int64) {
+	if p.progress != nil {
+		p.progress.done()
+	}
+	p.progress = &progress{}
+	if p.terminal {
+		p.progress = newProgress(p.stderr, total)
+	}
+}

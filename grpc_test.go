@@ -1,0 +1,219 @@
+package gcs
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// overBoth runs a test on an empty bucket over HTTP, and on another over gRPC.
+func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
+	t.Helper()
+	for name, connect := range map[string]func(m *fakegcs.Machine){
+		"HTTP": func(m *fakegcs.Machine) { m.Connect(m) },
+		"gRPC": func(m *fakegcs.Machine) { m.ConnectGRPC() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFakeGCS(t)
+				m := f.Register("m")
+				connect(m)
+				test(t, f, newStorage(m.Bucket))
+			})
+		})
+	}
+}
+
+func TestNotFoundOverBoth(t *testing.T) {
+	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for op, read := range readers {
+			_, err := read(t.Context(), s, "m", "v1.0.0")
+			requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
+			require.ErrorIs(t, err, storage.ErrObjectNotExist)
+		}
+		requireError(t, s.Delete(t.Context(), "m", "v1.0.0"), KindNotFound, "gcs.Delete", "m", "v1.0.0")
+	})
+}
+
+// A version that somebody else finishes, or deletes and saves again, at the very
+// moment is complete all the same.
+func TestRefusedOverBoth(t *testing.T) {
+	for name, hooks := range map[string]func(f *fakeGCS, mod string){
+		"finished by another": func(f *fakeGCS, mod string) {
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "patch" {
+					f.SetMetadata(mod, nil)
+				}
+				return fakegcs.NoFault
+			})
+		},
+		"saved anew by another": func(f *fakeGCS, mod string) {
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "patch" {
+					f.Remove(mod)
+				}
+				return fakegcs.NoFault
+			})
+			f.onAnswer(func(r *fakegcs.Request) {
+				if r.Op == "patch" {
+					f.Put(mod, nil, nil)
+				}
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				v := version{"m", "v1.0.0"}
+				unfinishedVersion(f, v)
+				hooks(f, v.object(extMod))
+				ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+				require.NoError(t, err)
+				require.True(t, ok)
+			})
+		})
+	}
+	t.Run("deleted by another", func(t *testing.T) {
+		overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+			storeVersion(f, "m", "v1.0.0")
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "delete" {
+					f.Remove(r.Object)
+				}
+				return fakegcs.NoFault
+			})
+			require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+			require.Empty(t, f.Names())
+		})
+	})
+}
+
+// A refused permission is named, with the role that holds it.
+func TestForbiddenOverBoth(t *testing.T) {
+	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0")
+		unfinishedVersion(f, version{"m", "v2.0.0"})
+		for permission, call := range map[string]func() error{
+			"storage.objects.create": func() error { return saveVersion(t.Context(), s, "m", "v3.0.0") },
+			"storage.objects.delete": func() error { return s.Delete(t.Context(), "m", "v1.0.0") },
+			"storage.objects.get":    func() error { _, err := s.Info(t.Context(), "m", "v1.0.0"); return err },
+			"storage.objects.list":   func() error { _, err := s.List(t.Context(), "m"); return err },
+			"storage.objects.update": func() error {
+				_, err := s.Repair(t.Context(), "m", "v2.0.0")
+				return err
+			},
+		} {
+			f.Deny(permission)
+			err := call()
+			require.True(t, Is(err, KindUnexpected), "%s: %v", permission, err)
+			require.ErrorContains(t, err, permission)
+			require.ErrorContains(t, err, "roles/storage.objectUser")
+
+			err = s.Check(t.Context())
+			requireError(t, err, KindUnexpected, "gcs.Check", "", "")
+			require.ErrorContains(t, err, permission)
+			f.Allow(permission)
+		}
+		require.NoError(t, s.Check(t.Context()))
+
+		f.Deny("storage.objects.update")
+		ok, err := s.Exists(t.Context(), "m", "v2.0.0")
+		require.NoError(t, err)
+		require.False(t, ok, "to a caller who may not finish it, it does not exist yet")
+	})
+}
+
+// eachCall is a call of each method, about a module whose v1.0.0 is complete.
+func eachCall(s *Storage, m string) map[string]func(ctx context.Context) error {
+	return map[string]func(ctx context.Context) error{
+		"Save":    func(ctx context.Context) error { return saveVersion(ctx, s, m, "v2.0.0") },
+		"Exists":  func(ctx context.Context) error { _, err := s.Exists(ctx, m, "v1.0.0"); return err },
+		"Info":    func(ctx context.Context) error { _, err := s.Info(ctx, m, "v1.0.0"); return err },
+		"GoMod":   func(ctx context.Context) error { _, err := s.GoMod(ctx, m, "v1.0.0"); return err },
+		"Zip":     func(ctx context.Context) error { _, err := s.Zip(ctx, m, "v1.0.0"); return err },
+		"List":    func(ctx context.Context) error { _, err := s.List(ctx, m); return err },
+		"Catalog": func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 1); return err },
+		"Delete":  func(ctx context.Context) error { return s.Delete(ctx, m, "v1.0.0") },
+		"Repair":  func(ctx context.Context) error { _, err := s.Repair(ctx, m, "v1.0.0"); return err },
+		"Check":   func(ctx context.Context) error { return s.Check(ctx) },
+		"Scan": func(ctx context.Context) error {
+			for _, err := range s.Scan(ctx, m) {
+				return err
+			}
+			return nil
+		},
+	}
+}
+
+// A rate limit that outlasts the retries is one; other answers that outlast them
+// are unexpected.
+func TestAnswersOverBoth(t *testing.T) {
+	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected} {
+		t.Run(fault.String(), func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeVersion(f, "m", "v1.0.0")
+				f.fault(fault, func(*fakegcs.Request) bool { return true })
+				for op, call := range eachCall(s, "m") {
+					err := call(t.Context())
+					require.Error(t, err, op)
+					require.Equal(t, kind, Kind(err), "%s: %v", op, err)
+				}
+			})
+		})
+	}
+}
+
+// A fault that passes is not noticed.
+func TestPassingFaultsOverBoth(t *testing.T) {
+	for _, fault := range []fakegcs.Fault{
+		fakegcs.TooMany, fakegcs.Unavailable, fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Hung, fakegcs.HungApplied,
+	} {
+		t.Run(fault.String(), func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				for n := 0; ; n++ {
+					hit := false
+					f.ResetLog()
+					f.fault(fault, func(r *fakegcs.Request) bool {
+						hit = hit || r.N == n
+						return r.N == n
+					})
+					vers := fmt.Sprintf("v1.%d.0", n)
+					require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
+					ok, err := s.Exists(t.Context(), "m", vers)
+					require.NoError(t, err)
+					require.True(t, ok)
+					if !hit {
+						break
+					}
+				}
+			})
+		})
+	}
+}
+
+// The end of a context is told from a failure of the server.
+func TestContextEndsOverBoth(t *testing.T) {
+	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0")
+		f.fault(fakegcs.Hung, func(*fakegcs.Request) bool { return true })
+		for op, call := range eachCall(s, "m") {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(time.Minute, cancel)
+			err := call(ctx)
+			require.Equal(t, KindUnexpected, Kind(err), "%s: %v", op, err)
+			require.ErrorIs(t, err, context.Canceled, op)
+
+			ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+			err = call(ctx)
+			cancel()
+			require.Equal(t, KindGatewayTimeout, Kind(err), "%s: %v", op, err)
+			require.ErrorIs(t, err, context.DeadlineExceeded, op)
+		}
+	})
+}

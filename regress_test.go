@@ -1,0 +1,458 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math"
+	"sync"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// Each of these is a schedule in which a save once went wrong, or a rule of a save
+// that no other test needs.
+
+// ahead returns a Storage whose clock is an hour ahead.
+func ahead(f *fakeGCS, machine string) *Storage {
+	s := f.storage(machine)
+	s.now = func() time.Time { return time.Now().Add(time.Hour) }
+	return s
+}
+
+// requireSavableAtOnce is requireSavable by a save that does not wait.
+func requireSavableAtOnce(t *testing.T, f *fakeGCS) {
+	t.Helper()
+	f.onRequest(nil)
+	start := time.Now()
+	requireSavable(t, f)
+	require.Less(t, time.Since(start), time.Second)
+}
+
+// givesUp reports whether a request writes the marker of a save that has failed.
+func givesUp(r *fakegcs.Request) bool {
+	return r.Metadata[keyInProgress] == givenUp.Format(time.RFC3339Nano)
+}
+
+// An object that refused an upload, and is gone when the save looks, has changed:
+// the upload is made again.
+func TestSaveBesideDelete(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		deleting, refused, deleted := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		var group sync.WaitGroup
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod):
+				time.Sleep(time.Second) // the listing has shown nothing
+				storeVersion(f, testModule, testVersion)
+				group.Go(func() { require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion)) })
+				<-deleting
+			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extZip):
+				close(deleting)
+				<-refused
+			case r.Machine == "a" && r.Op == "attrs" && r.Object == objectName(extZip):
+				<-deleted
+			}
+			return fakegcs.NoFault
+		})
+		f.onAnswer(func(r *fakegcs.Request) {
+			switch {
+			case r.Machine == "a" && r.Object == objectName(extZip) && r.Status == 412:
+				close(refused)
+			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extZip):
+				close(deleted)
+			}
+		})
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		group.Wait()
+		requireStored(t, f, a)
+		<-refused // or the schedule was another
+	})
+}
+
+// reseeking reads other bytes of the same length after each Seek to the start.
+type reseeking struct {
+	*bytes.Reader
+	other []byte
+}
+
+func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekStart {
+		r.Reader = bytes.NewReader(r.other)
+	}
+	return r.Reader.Seek(offset, whence)
+}
+
+// The first pass over a zip arrives while the second is under way. It is whole, so
+// the save is done with it, and does not write over it: somebody may have finished
+// the version.
+func TestOwnZipIsNotReplaced(t *testing.T) {
+	for name, c := range map[string]struct{ refused, finished bool }{
+		"start refused, finished": {true, true},
+		"hung, finished":          {false, true},
+		"start refused":           {true, false},
+		"hung":                    {false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
+				var generation int64
+				arrive := func() {
+					f.Land()
+					generation = f.Get(objectName(extZip)).Generation
+					if c.finished {
+						ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
+						require.NoError(t, err)
+						require.True(t, ok)
+					}
+				}
+				starts, chunks := 0, 0
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Machine != "a" || r.Object != objectName(extZip) {
+						return fakegcs.NoFault
+					}
+					switch r.Op {
+					case "start":
+						starts, chunks = starts+1, 0
+						if c.refused && starts == 2 {
+							arrive()
+							return fakegcs.Unmet
+						}
+					case "chunk", "query":
+						switch chunks++; {
+						case starts == 1 && chunks == 3:
+							return fakegcs.Stray
+						case starts == 2 && chunks == 2:
+							arrive()
+							return fakegcs.Hung
+						case chunks > 2:
+							return fakegcs.Hung
+						}
+					}
+					return fakegcs.NoFault
+				})
+				s := f.storage("a", WithChunkSize(faultChunk))
+				zip := &reseeking{bytes.NewReader(a.zip), other.zip}
+				require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
+				require.Equal(t, 2, starts)
+				requireStored(t, f, a)
+				require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
+			})
+		})
+	}
+}
+
+// An object of this save that is not whole is left as it is, whatever the reason,
+// and the version is given up.
+func TestOwnObjectCutShort(t *testing.T) {
+	for _, ext := range []string{extInfo, extZip} {
+		t.Run(ext, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				a := contentOf("a", 100)
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Op == "insert" && r.Object == objectName(ext) {
+						f.Put(objectName(ext), []byte("half"), r.Metadata)
+						return fakegcs.Unmet
+					}
+					return fakegcs.NoFault
+				})
+				err := a.save(t.Context(), f.storage("a"))
+				requireKind(t, err, KindUnexpected)
+				require.ErrorIs(t, err, errCutShort)
+				require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
+				requireSavableAtOnce(t, f)
+			})
+		})
+	}
+}
+
+// A create that its sender has given up arrives late. It holds up nobody.
+func TestLateCreateOfCancelledSave(t *testing.T) {
+	for when, lands := range map[string]func(*fakegcs.Request) bool{
+		"before the give-up looks":  func(r *fakegcs.Request) bool { return r.Op == "attrs" },
+		"before the give-up writes": givesUp,
+		"after the save":            func(*fakegcs.Request) bool { return false },
+	} {
+		t.Run(when, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					switch {
+					case lands(r):
+						f.Land()
+					case r.Op == "insert" && r.Object == objectName(extMod) && !givesUp(r):
+						return fakegcs.Stray
+					}
+					return fakegcs.NoFault
+				})
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				requireKind(t, contentOf("a", 100).save(ctx, f.storage("a")), KindGatewayTimeout)
+				f.Land()
+				requireSavableAtOnce(t, f)
+			})
+		})
+	}
+}
+
+// nextFunc is a Stasher.
+type nextFunc func(ctx context.Context, module, vers string) (string, error)
+
+func (fetch nextFunc) Stash(ctx context.Context, module, vers string) (string, error) {
+	return fetch(ctx, module, vers)
+}
+
+// So does a claim whose holder could not reach the bucket.
+func TestLateCreateOfFailedClaim(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		lock := objectName(extLock)
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == lock && !givesUp(r) {
+				return fakegcs.StrayReset
+			}
+			return fakegcs.NoFault
+		})
+		fetch := nextFunc(func(_ context.Context, _, vers string) (string, error) { return vers, nil })
+		_, err := f.storage("a").SingleFlight(fetch).Stash(t.Context(), testModule, testVersion)
+		requireKind(t, err, KindUnexpected)
+		f.onRequest(nil)
+		f.LandOne(len(f.Strays()) - 1) // the others are stale
+		start := time.Now()
+		_, err = f.storage("b").SingleFlight(fetch).Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Less(t, time.Since(start), time.Second)
+	})
+}
+
+// pausing takes its time before the first byte after each Seek.
+type pausing struct {
+	*bytes.Reader
+	pause time.Duration
+	sook  bool
+}
+
+func (p *pausing) Seek(offset int64, whence int) (int64, error) {
+	p.sook = true
+	return p.Reader.Seek(offset, whence)
+}
+
+func (p *pausing) Read(b []byte) (int, error) {
+	if p.sook {
+		p.sook = false
+		time.Sleep(p.pause)
+	}
+	return p.Reader.Read(b)
+}
+
+// A reader that is slow when a zip is sent for the second time is no hang.
+func TestSlowReaderOfSecondPass(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 3*faultChunk-1)
+		starts := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "start" {
+				if starts++; starts == 1 {
+					return fakegcs.Hung
+				}
+			}
+			return fakegcs.NoFault
+		})
+		zip := &pausing{Reader: bytes.NewReader(a.zip), pause: 2 * time.Minute}
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
+		require.Equal(t, 2, starts)
+		requireStored(t, f, a)
+	})
+}
+
+// A marker that was given up holds up nobody, whatever the threshold and the clock.
+func TestGivenUpIsNeverFresh(t *testing.T) {
+	for name, set := range map[string]func(*Storage){
+		"endless threshold": func(s *Storage) { s.SetStaleThreshold(math.MaxInt64) },
+		"clock of 1970":     func(s *Storage) { s.now = func() time.Time { return givenUp.Add(time.Minute) } },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
+				time.Sleep(time.Second)
+				a, s := contentOf("a", 100), f.storage("a")
+				set(s)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				require.NoError(t, a.save(ctx, s))
+				requireStored(t, f, a)
+			})
+		})
+	}
+}
+
+// A marker is from the future if it is more than the threshold ahead, and fresh if
+// it is less than that away. At the threshold it is neither.
+func TestMarkerAtTheThreshold(t *testing.T) {
+	now := time.Now()
+	const threshold = time.Minute
+	for ahead, fresh := range map[time.Duration]bool{
+		threshold - 1: true,
+		threshold:     false,
+		threshold + 1: true, // by the clock of GCS
+	} {
+		require.Equal(t, fresh, marker{now.Add(ahead), now}.isFresh(now, threshold), ahead)
+	}
+	require.False(t, marker{now.Add(-threshold), now}.isFresh(now, threshold))
+}
+
+// A renewal that failed may have been applied, and just now. The commit keeps its
+// distance.
+func TestCommitAfterFailedRenewal(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		failed := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
+				failed++
+				time.Sleep(requestTimeout - 100*time.Millisecond)
+				return fakegcs.HungApplied
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 100)
+		zip := io.MultiReader(sleepReader(DefaultStaleThreshold/renewals+4*time.Second), bytes.NewReader(a.zip))
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+		require.Equal(t, 1, failed)
+		requireStored(t, f, a)
+	})
+}
+
+// A save fails, and finds when it gives up that another has finished it: all of it
+// is stored, so it has not failed.
+func TestGiveUpOfFinished(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		f.fault(fakegcs.HungApplied, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Object == objectName(extZip) })
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		time.AfterFunc(time.Second, func() {
+			ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.True(t, ok)
+		})
+		require.NoError(t, a.save(ctx, f.storage("a")))
+		require.Error(t, ctx.Err())
+		requireStored(t, f, a)
+	})
+}
+
+// A marker that is cleared says nothing of a zip that could not be read.
+func TestGiveUpOfClearedWithoutZip(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		broken := errors.New("broken")
+		zip := io.MultiReader(sleepReader(time.Second), iotest.ErrReader(broken))
+		time.AfterFunc(500*time.Millisecond, func() { f.SetMetadata(objectName(extMod), nil) })
+		err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a"), zip)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, broken)
+		requireSavableAtOnce(t, f)
+	})
+}
+
+// If only the commit failed, the next save makes it up.
+func TestNextSaveCommits(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" && !givesUp(r) })
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		requireKind(t, a.save(ctx, f.storage("a")), KindGatewayTimeout)
+		f.onRequest(nil)
+		start := time.Now()
+		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
+		require.Less(t, time.Since(start), time.Second)
+		requireStored(t, f, a)
+	})
+}
+
+// fence lets b take the version over from a, whose clock is an hour ahead, so that
+// b's marker looks stale to a. It calls save for b, and returns what a's save
+// returned, and when.
+func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (err error, at time.Time) {
+	t.Helper()
+	machine, b := f.Machine("a"), f.Machine("b")
+	s := newStorage(machine.Bucket)
+	s.now = func() time.Time { return time.Now().Add(time.Hour) }
+	var sleep sync.Once
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if r.Machine == "a" && r.Object == objectName(extZip) {
+			sleep.Do(machine.Pause)
+		}
+		return fakegcs.NoFault
+	})
+	f.onAnswer(func(r *fakegcs.Request) {
+		if r.Machine == "b" && r.Object == objectName(extMod) && r.Op == "insert" && r.Applied {
+			machine.Resume()
+		}
+	})
+	var group sync.WaitGroup
+	group.Go(func() {
+		err = a.save(t.Context(), s)
+		at = time.Now()
+	})
+	time.Sleep(time.Second)
+	save(b)
+	group.Wait()
+	return err, at
+}
+
+// A save that was fenced believes a marker that looks stale while it changes: the
+// other renews it.
+func TestFencedIsPatient(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		err, _ := fence(t, f, a, func(m *fakegcs.Machine) {
+			zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(b.zip))
+			require.NoError(t, b.saveFrom(t.Context(), newStorage(m.Bucket), zip))
+		})
+		requireKind(t, err, KindAlreadyExists)
+		requireStored(t, f, b)
+	})
+}
+
+// Its patience ends a threshold after the last change.
+func TestFencedTakesOverFromCrashed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		var crashed time.Time
+		err, at := fence(t, f, a, func(m *fakegcs.Machine) {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+			defer cancel()
+			time.AfterFunc(10*time.Minute, func() { // b has held the version for 8 minutes
+				m.Crash()
+				crashed = time.Now()
+			})
+			require.Error(t, contentOf("b", 100).saveFrom(ctx, newStorage(m.Bucket), sleepReader(15*time.Minute)))
+		})
+		require.NoError(t, err)
+		requireStored(t, f, a)
+		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
+		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
+	})
+}
+
+// It has none with a marker that was given up.
+func TestFencedTakesOverFromFailed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		var failed time.Time
+		err, at := fence(t, f, a, func(m *fakegcs.Machine) {
+			zip := io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
+			require.ErrorIs(t, contentOf("b", 100).saveFrom(t.Context(), newStorage(m.Bucket), zip), io.ErrUnexpectedEOF)
+			failed = time.Now()
+		})
+		require.NoError(t, err)
+		requireStored(t, f, a)
+		require.Less(t, at.Sub(failed), 3*time.Second)
+	})
+}

@@ -1,0 +1,190 @@
+package gcs
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+var testVersionName = version{testModule, testVersion}
+
+func TestRepairStates(t *testing.T) {
+	for i := range stateCases() {
+		t.Run(stateCases()[i].name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				c := stateCases()[i]
+				c.put(f, testVersionName)
+				want := f.Objects()
+				if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
+					delete(want, objectName(extLock))
+				}
+				state, err := s.Repair(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, c.repaired, state)
+				require.Len(t, f.Log(), c.requests)
+				switch {
+				case c.repaired == Absent:
+					for _, ext := range []string{extInfo, extMod, extZip} {
+						delete(want, objectName(ext))
+					}
+				case c.state == Unfinished:
+					mod := f.Get(objectName(extMod))
+					require.Empty(t, mod.Metadata)
+					require.Equal(t, want[mod.Name].Generation, mod.Generation)
+					want[mod.Name] = mod
+				}
+				require.Equal(t, want, f.Objects())
+				again, err := s.Repair(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, state, again)
+				require.Equal(t, want, f.Objects())
+			})
+		})
+	}
+}
+
+// A listing can miss an object that was stored while it was made.
+func TestRepairNeedsTwoListings(t *testing.T) {
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		t.Run(ext, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				storeVersion(f, testModule, testVersion)
+				before := f.Objects()
+				state, err := missing(t, f, ext).Repair(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, Complete, state)
+				require.Equal(t, before, f.Objects())
+			})
+		})
+	}
+}
+
+// Whatever Repair finds, and at whichever of its requests a save comes between, it
+// removes nothing of that save.
+func TestRepairBesideSave(t *testing.T) {
+	for i := range stateCases() {
+		c := stateCases()[i]
+		if c.state == InProgress {
+			continue
+		}
+		for n := range c.requests {
+			for _, long := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, request %d, long %v", c.name, n, long), func(t *testing.T) {
+					inCrowd(t, func(t *testing.T, f *fakeGCS) {
+						stateCases()[i].put(f, testVersionName)
+						before := f.Objects()
+						a := contentOf("a", 100)
+						var group sync.WaitGroup
+						var saveErr error
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							if r.Machine == "r" && r.MachineN == n {
+								group.Go(func() {
+									zip := io.Reader(bytes.NewReader(a.zip))
+									if long { // Repair goes on in the middle of the save
+										zip = io.MultiReader(sleepReader(10*time.Second), zip)
+									}
+									saveErr = a.saveFrom(t.Context(), f.storage("a"), zip)
+								})
+								time.Sleep(time.Second)
+							}
+							return fakegcs.NoFault
+						})
+						_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+						require.NoError(t, err)
+						group.Wait()
+						if c.repaired != Complete {
+							require.NoError(t, saveErr)
+							requireStored(t, f, a)
+							return
+						}
+						requireKind(t, saveErr, KindAlreadyExists)
+						for _, ext := range []string{extInfo, extMod, extZip} {
+							require.Equal(t, before[objectName(ext)].Generation, f.Get(objectName(ext)).Generation)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// Nor does it, at whichever request of a save it comes between.
+func TestRepairDuringSave(t *testing.T) {
+	for i := range stateCases() {
+		c := stateCases()[i]
+		if c.repaired == Complete || c.state == InProgress {
+			continue
+		}
+		for n := range 7 {
+			for _, answered := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, request %d, answered %v", c.name, n, answered), func(t *testing.T) {
+					inCrowd(t, func(t *testing.T, f *fakeGCS) {
+						stateCases()[i].put(f, testVersionName)
+						a := contentOf("a", 100)
+						repair := func(r *fakegcs.Request, here bool) {
+							if r.Machine == "a" && r.MachineN == n && here {
+								_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+								require.NoError(t, err)
+							}
+						}
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							repair(r, !answered)
+							return fakegcs.NoFault
+						})
+						f.onAnswer(func(r *fakegcs.Request) { repair(r, answered) })
+						require.NoError(t, a.save(t.Context(), f.storage("a")))
+						requireStored(t, f, a)
+					})
+				})
+			}
+		}
+	}
+}
+
+// Without a permission, Repair names it, and changes nothing.
+func TestRepairForbidden(t *testing.T) {
+	for denied, names := range map[string][]string{
+		"storage.objects.delete": {".info and .zip", ".mod", "abandoned without .zip", "complete and claimed", "claimed by a dead one"},
+		"storage.objects.update": {"unfinished"},
+		"storage.objects.list":   {"complete", ".mod"},
+		"storage.objects.get":    {".info"},
+	} {
+		for _, name := range names {
+			t.Run(denied+" "+name, func(t *testing.T) {
+				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+					var c stateCase
+					for _, some := range stateCases() {
+						if some.name == name {
+							c = some
+						}
+					}
+					c.put(f, testVersionName)
+					before := f.Objects()
+					f.Deny(denied)
+					state, err := s.Repair(t.Context(), testModule, testVersion)
+					requireKind(t, err, KindUnexpected)
+					require.ErrorContains(t, err, "the caller needs "+denied)
+					require.Equal(t, before, f.Objects())
+					if denied != "storage.objects.list" {
+						require.Equal(t, c.state, state)
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestRepairBadRequest(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		_, err := s.Repair(t.Context(), testModule, "")
+		requireError(t, err, KindBadRequest, "gcs.Repair", testModule, "")
+		require.Empty(t, f.Log())
+	})
+}

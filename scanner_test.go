@@ -1,0 +1,255 @@
+package gcs
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// files are the metadata of a version's objects, by their endings.
+type files map[string]map[string]string
+
+// A stateCase is one way in which a version can be left.
+type stateCase struct {
+	name  string
+	files files
+	state State
+	looks int // how often Scan lists the version once more
+
+	repaired State
+	requests int // of Repair
+}
+
+// stateCases covers the table of states in the package comment.
+func stateCases() []stateCase {
+	at := func(ago time.Duration, id string) map[string]string { return marked(time.Now().Add(-ago), id) }
+	of := func(id string) map[string]string { return map[string]string{keySaveID: id} }
+	copied := map[string]string{keySaveID: "a", keyGeneration: "1"}
+	failed := marked(givenUp, "a")
+	return []stateCase{
+		{"claimed", files{extLock: at(time.Second, "c")}, Absent, 1, Absent, 1},
+		{"claimed by a dead one", files{extLock: at(time.Minute, "c")}, Absent, 1, Absent, 2},
+		{".info", files{extInfo: nil}, Partial, 1, Absent, 4},
+		{".mod", files{extMod: nil}, Partial, 1, Absent, 3},
+		{".zip", files{extZip: nil}, Partial, 1, Absent, 4},
+		{".info and .mod", files{extInfo: nil, extMod: nil}, Partial, 1, Absent, 4},
+		{".info and .zip", files{extInfo: nil, extZip: nil}, Partial, 1, Absent, 5},
+		{".mod and .zip", files{extMod: nil, extZip: nil}, Partial, 1, Absent, 4},
+		{"begun", files{extMod: at(time.Second, "a")}, InProgress, 0, InProgress, 1},
+		{"begun and claimed", files{extMod: at(time.Second, "a"), extLock: at(time.Minute, "c")}, InProgress, 0, InProgress, 2},
+		{"uploaded", files{extInfo: of("a"), extMod: at(time.Second, "a"), extZip: of("a")}, InProgress, 0, InProgress, 1},
+		{"abandoned", files{extMod: at(time.Hour, "a")}, Abandoned, 1, Absent, 3},
+		{"abandoned without .zip", files{extInfo: of("a"), extMod: at(time.Hour, "a")}, Abandoned, 1, Absent, 4},
+		{"abandoned over another's .zip", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("b")}, Abandoned, 1, Absent, 5},
+		{"abandoned over an own .info", files{extInfo: copied, extMod: at(time.Hour, "a"), extZip: of("a")}, Abandoned, 1, Absent, 5},
+		{"given up", files{extInfo: of("a"), extMod: failed}, Abandoned, 1, Absent, 4},
+		{"given up and claimed", files{extMod: failed, extLock: at(time.Minute, "c")}, Abandoned, 1, Absent, 4},
+		{"unfinished", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("a")}, Unfinished, 1, Complete, 2},
+		{"unfinished and given up", files{extInfo: of("a"), extMod: failed, extZip: of("a")}, Unfinished, 1, Complete, 2},
+		{"unfinished of an older Athens", files{extInfo: nil, extMod: map[string]string{keyInProgressOld: "true"}, extZip: nil}, Unfinished, 1, Complete, 2},
+		{"complete", files{extInfo: nil, extMod: nil, extZip: nil}, Complete, 0, Complete, 1},
+		{"complete of one save", files{extInfo: of("a"), extMod: of("a"), extZip: of("a")}, Complete, 0, Complete, 1},
+		{"complete, empty marker", files{extInfo: of("a"), extMod: cleared(), extZip: of("a")}, Complete, 0, Complete, 1},
+		{"complete and claimed", files{extInfo: nil, extMod: nil, extZip: nil, extLock: at(time.Minute, "c")}, Complete, 0, Complete, 2},
+		{"copied", files{extInfo: copied, extMod: of("a"), extZip: copied}, Complete, 1, Complete, 2},
+	}
+}
+
+// ages are how long ago a case's objects were created.
+var ages = map[string]time.Duration{extInfo: 2 * time.Hour, extMod: 3 * time.Hour, extZip: time.Hour, extLock: 0}
+
+// put makes the objects of a case.
+func (c stateCase) put(f *fakeGCS, v version) {
+	for ext, metadata := range c.files {
+		f.PutAt(v.object(ext), []byte(ext), metadata, time.Now().Add(-ages[ext]))
+	}
+}
+
+// status is what Scan says of a case.
+func (c stateCase) status(v version) VersionStatus {
+	status := VersionStatus{ModuleVersion: ModuleVersion{v.module, v.version}, State: c.state}
+	var updated []time.Time
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		if _, ok := c.files[ext]; !ok {
+			status.Missing = append(status.Missing, ext)
+			continue
+		}
+		status.Size += int64(len(ext))
+		updated = append(updated, time.Now().Add(-ages[ext]).UTC())
+	}
+	if updated != nil {
+		status.Updated = slices.MaxFunc(updated, time.Time.Compare)
+	}
+	status.Renewed, _ = time.Parse(time.RFC3339Nano, c.files[extMod][keyInProgress])
+	if c.files[extMod][keyInProgressOld] != "" {
+		status.Renewed = time.Now().Add(-ages[extMod]).UTC()
+	}
+	status.Claimed, _ = time.Parse(time.RFC3339Nano, c.files[extLock][keyInProgress])
+	return status
+}
+
+// scanned returns what a scan yields, with all times in UTC.
+func scanned(t *testing.T, s *Storage, module string) (all []VersionStatus) {
+	t.Helper()
+	for status, err := range s.Scan(t.Context(), module) {
+		require.NoError(t, err)
+		for _, at := range []*time.Time{&status.Renewed, &status.Updated, &status.Claimed} {
+			*at = at.UTC()
+		}
+		all = append(all, status)
+	}
+	return all
+}
+
+// Scan tells of every state, in the order of the names, and changes nothing, also
+// if it may change nothing.
+func TestScanStates(t *testing.T) {
+	for module, f := range map[string]string{"of a module": testModule, "of the bucket": ""} {
+		t.Run(module, func(t *testing.T) { testScan(t, f, false) })
+		t.Run(module+" in pages of one object", func(t *testing.T) { testScan(t, f, true) })
+	}
+}
+
+func testScan(t *testing.T, module string, short bool) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		f.Deny("storage.objects.update", "storage.objects.delete", "storage.objects.create")
+		if short {
+			s = inPagesOfOne(f)
+		}
+		var want []VersionStatus
+		requests := 0
+		for i, c := range stateCases() {
+			v := version{testModule, fmt.Sprintf("v1.%02d.0", i)}
+			c.put(f, v)
+			want = append(want, c.status(v))
+			if short {
+				requests += len(c.files) + c.looks*len(c.files)
+			} else {
+				requests += c.looks
+			}
+		}
+		if !short {
+			requests++
+		}
+		before := f.Objects()
+		got := scanned(t, s, module)
+		require.Len(t, got, len(want))
+		for i, c := range stateCases() {
+			require.Equal(t, want[i], got[i], c.name)
+		}
+		require.Len(t, f.Log(), requests)
+		require.Equal(t, before, f.Objects())
+	})
+}
+
+// inPagesOfOne is a Storage whose server lists one object at a time.
+func inPagesOfOne(f *fakeGCS) *Storage {
+	return behind(f, func(r *http.Request) *http.Response {
+		if q := r.URL.Query(); q.Has("maxResults") {
+			q.Set("maxResults", "1")
+			u := *r.URL
+			u.RawQuery = q.Encode()
+			r.URL = &u
+		}
+		return nil
+	})
+}
+
+// Scan knows nothing of other objects and, for one module, of other modules. Of
+// versions whose names interleave it tells in the order of their zips.
+func TestScanOthers(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for _, name := range []string{"README", testModule + "/@v/list", testModule + "/@v/v1.txt", testModule + "/@latest", "a/@v/b/v1.zip"} {
+			f.Put(name, nil, nil)
+		}
+		storeVersion(f, testModule, "v1", "v1.j", "v1.zz")
+		storeVersion(f, testModule+"/v2", "v2.0.0")
+		storeVersion(f, testModule+"-other", "v1.0.0")
+		names := func(module string) (names []string) {
+			for _, status := range scanned(t, s, module) {
+				names = append(names, status.Module+"@"+status.Version)
+			}
+			return names
+		}
+		own := []string{testModule + "@v1.j", testModule + "@v1", testModule + "@v1.zz"}
+		require.Equal(t, own, names(testModule))
+		require.Empty(t, names("example.com/none"))
+		require.Equal(t, slices.Concat([]string{testModule + "-other@v1.0.0"}, own, []string{testModule + "/v2@v2.0.0"}), names(""))
+		require.Len(t, f.Log(), 3)
+	})
+}
+
+// Scan makes no request for what its caller does not want any more.
+func TestScanStops(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeFiles(f, testModule, "v1.0.0", extInfo)
+		storeFiles(f, testModule, "v2.0.0", extInfo)
+		for range s.Scan(t.Context(), "") {
+			break
+		}
+		require.Len(t, f.Log(), 2)
+		synctest.Wait()
+		requireNothingInFlight(t, f)
+	})
+}
+
+// An error is yielded once, with nothing, and ends the scan.
+func TestScanErrors(t *testing.T) {
+	for name, c := range map[string]struct {
+		fails  int // which request
+		module string
+		kind   int
+		before int // how many versions are told of
+	}{
+		"a page":        {0, testModule, KindUnexpected, 0},
+		"a second look": {1, testModule, KindUnexpected, 0},
+		"a third":       {2, testModule, KindUnexpected, 1},
+		"module":        {9, "a//b", KindBadRequest, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeFiles(f, testModule, "v1.0.0", extInfo)
+				storeFiles(f, testModule, "v2.0.0", extInfo)
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.N == c.fails {
+						f.Deny("storage.objects.list")
+					}
+					return fakegcs.NoFault
+				})
+				var told, failed int
+				for status, err := range s.Scan(t.Context(), c.module) {
+					if err == nil {
+						told++
+						continue
+					}
+					failed++
+					require.Zero(t, status)
+					requireError(t, err, c.kind, "gcs.Scan", c.module, "")
+					require.Equal(t, c.kind == KindUnexpected, strings.Contains(err.Error(), "needs storage.objects.list"))
+				}
+				require.Equal(t, c.before, told)
+				require.Equal(t, 1, failed)
+				if c.kind == KindBadRequest {
+					require.Empty(t, f.Log())
+				}
+			})
+		})
+	}
+}
+
+// A status is readable as JSON.
+func TestVersionStatusJSON(t *testing.T) {
+	status := VersionStatus{ModuleVersion: ModuleVersion{"m", "v1.0.0"}, State: InProgress, Missing: []string{extZip}, Size: 7}
+	got, err := json.Marshal(status)
+	require.NoError(t, err)
+	require.JSONEq(t, `{"module": "m", "version": "v1.0.0", "state": "in progress", "missing": ["zip"], "size": 7}`, string(got))
+}

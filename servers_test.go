@@ -1,0 +1,237 @@
+package gcs
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"cloud.google.com/go/storage"
+	"github.com/fsouza/fake-gcs-server/fakestorage"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/api/option"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// A column is a server of the table.
+type column struct {
+	name string
+	// start starts the server, or skips the test and says why.
+	start func(t *testing.T) server
+	// virtual gives each row a server of its own, in virtual time.
+	virtual bool
+	// threshold is a stale threshold that a row can wait for.
+	threshold time.Duration
+	// lacks holds what the server does not do, and why. If it is nil, the suite
+	// finds out.
+	lacks map[ability]string
+}
+
+// A server is one that was started.
+type server struct {
+	client *storage.Client
+	bucket string
+	// count counts the requests so far. It is nil where nobody counts them.
+	count func() int
+}
+
+// An ability is something that GCS does and an emulator may not.
+type ability string
+
+const (
+	refusesWrites    ability = "refuses a write over an object whose metadata has changed"
+	refusesUpdates   ability = "refuses an update of an object that has changed"
+	refusesDeletes   ability = "refuses a delete of an object that has changed"
+	countsUpdates    ability = "changes the metageneration with an update"
+	keepsGenerations ability = "leaves the generation with an update"
+	clearsMetadata   ability = "removes metadata"
+	testsPermissions ability = "tells the caller's permissions"
+)
+
+var stockLacks = map[ability]string{
+	refusesWrites:    "fake-gcs-server ignores ifMetagenerationMatch",
+	refusesUpdates:   "fake-gcs-server ignores all conditions of an update",
+	refusesDeletes:   "fake-gcs-server ignores all conditions of a delete",
+	countsUpdates:    "fake-gcs-server lists and reads every metageneration as 1, and answers an update without one",
+	clearsMetadata:   `fake-gcs-server takes "metadata": null for "leave it"`,
+	testsPermissions: "fake-gcs-server does not know testIamPermissions",
+}
+
+var programLacks = with(stockLacks, keepsGenerations, "fake-gcs-server gives an object in a file a new generation with each update")
+
+func with(lacks map[ability]string, a ability, why string) map[ability]string {
+	lacks = maps.Clone(lacks)
+	lacks[a] = why
+	return lacks
+}
+
+const short = 400 * time.Millisecond
+
+var columns = []column{
+	{"fakegcs", inMemory(func(m *fakegcs.Machine) { m.Connect(m) }), true, DefaultStaleThreshold, map[ability]string{}},
+	{"fakegcs over gRPC", inMemory(func(m *fakegcs.Machine) { m.ConnectGRPC() }), true, DefaultStaleThreshold, map[ability]string{}},
+	{"fakegcs, listening", listening, false, short, map[ability]string{}},
+	{"fake-gcs-server", stockInProcess, false, short, stockLacks},
+	{"fake-gcs-server, listening", stockListening, false, short, stockLacks},
+	{"fake-gcs-server, program", stockProgram, false, short, programLacks},
+	{"named", named, false, 4 * time.Second, nil},
+	{"named, over gRPC", namedGRPC, false, 4 * time.Second, nil},
+}
+
+// inMemory is the emulator of this repository, in process.
+func inMemory(connect func(m *fakegcs.Machine)) func(t *testing.T) server {
+	return func(t *testing.T) server {
+		f := fakegcs.New()
+		t.Cleanup(f.Close)
+		m := f.Register("m")
+		connect(m)
+		return server{m.Client, fakegcs.Bucket, func() int { return len(f.Log()) }}
+	}
+}
+
+func listening(t *testing.T) server {
+	f := newFakeGCS(t)
+	f.tolerate() // the suite makes unconditional requests of its own
+	m := f.over(t, f.listen(t), "m", new(http.Transport))
+	return server{m.Client, fakegcs.Bucket, func() int { return len(f.Log()) }}
+}
+
+// counter counts requests.
+type counter struct {
+	http.RoundTripper
+	n atomic.Int64
+}
+
+func (c *counter) RoundTrip(r *http.Request) (*http.Response, error) {
+	c.n.Add(1)
+	return c.RoundTripper.RoundTrip(r)
+}
+
+// connect returns a server behind a transport.
+func connect(t *testing.T, wire http.RoundTripper, opts ...option.ClientOption) server {
+	t.Helper()
+	c := &counter{RoundTripper: wire}
+	client, err := storage.NewClient(context.Background(), append(opts,
+		option.WithHTTPClient(&http.Client{Transport: c}), option.WithoutAuthentication())...)
+	require.NoError(t, err)
+	t.Cleanup(func() { client.Close() })
+	return server{client, "modules", func() int { return int(c.n.Load()) }}
+}
+
+func startStock(t *testing.T, opts fakestorage.Options) *fakestorage.Server {
+	t.Helper()
+	s, err := fakestorage.NewServerWithOptions(opts)
+	require.NoError(t, err)
+	t.Cleanup(s.Stop)
+	s.CreateBucketWithOpts(fakestorage.CreateBucketOpts{Name: "modules"})
+	return s
+}
+
+func stockInProcess(t *testing.T) server {
+	s := startStock(t, fakestorage.Options{NoListener: true})
+	return connect(t, s.HTTPClient().Transport, option.WithEndpoint("https://storage.googleapis.com/storage/v1/"))
+}
+
+// stockListening reads through the JSON API. For the XML API the server must know
+// its own address, which it does not choose before it listens.
+func stockListening(t *testing.T) server {
+	s := startStock(t, fakestorage.Options{Scheme: "http"})
+	wire := new(http.Transport)
+	t.Cleanup(wire.CloseIdleConnections)
+	return connect(t, wire, option.WithEndpoint(s.URL()+"/storage/v1/"), storage.WithJSONReads())
+}
+
+// buildStock builds the program, once.
+var buildStock = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "conformance")
+	if err != nil {
+		return "", err
+	}
+	program := filepath.Join(dir, "fake-gcs-server")
+	out, err := exec.Command("go", "build", "-o", program, "github.com/fsouza/fake-gcs-server").CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, out)
+	}
+	return program, err
+})
+
+// stockProgram stores objects in files, as it does unless it is told otherwise.
+func stockProgram(t *testing.T) server {
+	program, err := buildStock()
+	if err != nil {
+		t.Skipf("fake-gcs-server cannot be built here: %v", err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	host, port, err := net.SplitHostPort(listener.Addr().String())
+	require.NoError(t, err)
+	require.NoError(t, listener.Close())
+
+	var log syncedLog
+	cmd := exec.Command(program, "-filesystem-root", t.TempDir(),
+		"-scheme", "http", "-host", host, "-port", port, "-public-host", host+":"+port)
+	cmd.Stdout, cmd.Stderr = &log, &log
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Log(log.String())
+		}
+	})
+	wire := new(http.Transport)
+	t.Cleanup(wire.CloseIdleConnections)
+	s := connect(t, wire, option.WithEndpoint("http://"+host+":"+port+"/storage/v1/"))
+	require.Eventually(t, func() bool {
+		conn, err := net.Dial("tcp", host+":"+port)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}, 30*time.Second, 10*time.Millisecond, "the program does not listen: %s", &log)
+	require.NoError(t, s.client.Bucket(s.bucket).Create(t.Context(), "project", nil))
+	return s
+}
+
+// named is the server that the environment names: an emulator, or Cloud Storage.
+func named(t *testing.T) server {
+	if os.Getenv("GCS_TEST_BUCKET") == "" && os.Getenv("STORAGE_EMULATOR_HOST") == "" {
+		t.Skip("neither GCS_TEST_BUCKET nor STORAGE_EMULATOR_HOST is set")
+	}
+	client, err := storage.NewClient(context.Background())
+	require.NoError(t, err)
+	return inNamedBucket(t, client)
+}
+
+func namedGRPC(t *testing.T) server {
+	emulated := os.Getenv("STORAGE_EMULATOR_HOST") != ""
+	if os.Getenv("STORAGE_EMULATOR_HOST_GRPC") == "" && (emulated || os.Getenv("GCS_TEST_BUCKET") == "") {
+		t.Skip("neither GCS_TEST_BUCKET nor STORAGE_EMULATOR_HOST_GRPC is set")
+	}
+	client, err := storage.NewGRPCClient(context.Background(), storage.WithDisabledClientMetrics())
+	require.NoError(t, err)
+	return inNamedBucket(t, client)
+}
+
+// inNamedBucket is a server's bucket of that name, or one of the suite's.
+func inNamedBucket(t *testing.T, client *storage.Client) server {
+	t.Cleanup(func() { client.Close() })
+	name := os.Getenv("GCS_TEST_BUCKET")
+	if name == "" {
+		name = "gcs-test-" + strings.ToLower(rand.Text())
+		require.NoError(t, client.Bucket(name).Create(t.Context(), "project", nil))
+		t.Cleanup(func() { client.Bucket(name).Delete(context.Background()) })
+	}
+	return server{client, name, nil}
+}

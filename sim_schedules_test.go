@@ -1,0 +1,994 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"math/big"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// An explorer of schedules, over the real code.
+//
+// Every request of every actor stops before it is applied, and in split scenes again
+// before its answer is delivered. When all goroutines are blocked, the explorer makes
+// one choice: it releases a request, with or without a fault, or crashes a machine,
+// cancels a call, lets time pass. It visits all sequences of choices depth first. A
+// path is a list of choices, and is replayed from the start.
+//
+// Two paths lead to the same state if the bucket is the same and every actor was told
+// the same: an actor is a function of what it was told, so what follows is the same.
+// Save ids and generations differ from path to path. They are renamed in the order of
+// their appearance. Two things are assumed of an actor: the order in which requests
+// that are under way together are answered matters only if the actor does something in
+// between; an actor that repeats its reads decides by the last answers.
+
+// scheduleThreshold is the stale threshold of all actors. Requests time out and are
+// sent again for 5 minutes, which is longer than the time to the next renewal.
+const scheduleThreshold = 16 * time.Minute
+
+// A scene is what is found in the bucket, who does what, and what may go wrong.
+type scene struct {
+	name   string
+	quick  string // the faults with which it takes some seconds at most
+	found  func(f *fakegcs.Server)
+	roles  []role
+	faults map[string]int // how often each may happen
+	bound  int            // the most preemptions, 0 for any number
+	split  bool           // the delivery of an answer is a choice of its own
+	page   int            // the most objects in an answer to a list, 0 for all
+	zip    int            // the size of a zip
+}
+
+// A role is a call of an actor.
+type role struct {
+	name, op string
+	skew     time.Duration // of the actor's clock
+	call     func(r *rehearsal, a *actor) (result string, err error)
+}
+
+// requestFaults are the faults of one request. The others are: crash and cancel, of an
+// actor; stale, the threshold passes on all clocks; renew, time passes until a
+// renewal is due.
+var requestFaults = map[string]fakegcs.Fault{"lost": fakegcs.LostReset, "stray": fakegcs.StrayReset, "unmet": fakegcs.Unmet}
+
+// An actor plays a role on a machine of its own.
+type actor struct {
+	role
+	m       *fakegcs.Machine
+	s       *Storage
+	ctx     context.Context
+	cancel  context.CancelFunc
+	content content
+
+	// guarded by rehearsal.mu
+	counts map[string]int // of requests, by what they do
+	ids    int            // of saves
+	told   []line
+	result string // of its calls
+	done   bool
+	crashed, cancelled,
+	failed bool // Save returned an error before its version was stored
+	brokenOff bool            // an upload in chunks does not go on
+	saw       map[string]bool // whose version was complete during the call
+	always    bool            // the version was complete during all of the call
+}
+
+// A line is an answer that an actor was told.
+type line struct {
+	request, said string
+	sent          int  // how many lines there were when the request was sent
+	read          bool // the request changes nothing
+	at            int  // how often anything had changed
+	again         bool // it said the same before
+}
+
+func (l line) String() string { return l.request + " → " + l.said }
+
+// An event is a request that waits for a choice.
+type event struct {
+	*fakegcs.Request
+	key, what string // what it does; key is with its number
+	actor     *actor
+	sent      int
+	release   chan fakegcs.Fault
+	deliver   chan struct{} // closed when the answer is delivered, if that is a choice
+	fault     fakegcs.Fault
+	said      string // in answer, empty when there is none yet
+}
+
+func (e *event) changes() bool {
+	return e.Op == "insert" || e.Op == "patch" || e.Op == "delete" || e.Op == "chunk"
+}
+
+// A rehearsal is one path through a scene. Only hooks and calls need the lock: the
+// explorer acts when they are blocked.
+type rehearsal struct {
+	*scene
+	f       *fakegcs.Server
+	group   sync.WaitGroup // of calls
+	over    chan struct{}  // closed at the end
+	arrived chan struct{}  // gets a token when a request arrives or a call ends
+
+	mu       sync.Mutex
+	free     bool // requests do not stop any more
+	actors   []*actor
+	events   map[int]*event // by their numbers in the log
+	pending  []*event
+	strays   []*event
+	arrivals int
+	left     map[string]int // faults
+	switches int            // preemptions
+	last     *actor         // who moved last
+	jumped   time.Duration  // of all clocks
+	jumps    int
+	changes  int               // of the bucket and the clocks
+	names    map[string]string // of save ids, generations and contents
+	objects  map[string]*fakegcs.Object
+	life     string // whose version is complete
+	lifeGens [3]int64
+	lives    []string
+	fetching int
+	broken   []string
+	story    []string
+}
+
+func (r *rehearsal) report(format string, args ...any) {
+	r.broken = append(r.broken, fmt.Sprintf(format, args...))
+}
+
+func (r *rehearsal) wake() {
+	select {
+	case r.arrived <- struct{}{}:
+	default:
+	}
+}
+
+// onRequest stops a request until it is chosen.
+func (r *rehearsal) onRequest(ctx context.Context, q *fakegcs.Request) fakegcs.Fault {
+	r.mu.Lock()
+	a := r.actors[slices.IndexFunc(r.actors, func(a *actor) bool { return a.m.Name == q.Machine })]
+	if id := q.Metadata[keySaveID]; id != "" && r.names[id] == "" {
+		a.ids++
+		r.names[id] = fmt.Sprint(a.name, a.ids)
+	}
+	if a.done && a.op != "Stash" { // a flight outlives its callers
+		r.report("%s makes a request after its call: %v", a.name, q)
+	}
+	e := &event{Request: q, actor: a, sent: len(a.told), release: make(chan fakegcs.Fault, 1), deliver: make(chan struct{})}
+	e.what = strings.TrimSpace(a.name + " " + q.Op + " " + q.Object[strings.LastIndexByte(q.Object, '.')+1:])
+	r.events[q.N] = e
+	a.brokenOff = a.brokenOff && (q.Op == "chunk" || q.Op == "query")
+	if r.free || a.brokenOff {
+		defer r.mu.Unlock()
+		return map[bool]fakegcs.Fault{true: fakegcs.Unavailable}[a.brokenOff]
+	}
+	if a.counts[e.what]++; a.counts[e.what] > 1 {
+		e.key = fmt.Sprint(" ", a.counts[e.what])
+	}
+	e.key = e.what + e.key
+	if !a.crashed {
+		r.pending = append(r.pending, e)
+		r.arrivals++
+		r.wake()
+	}
+	r.mu.Unlock()
+	select {
+	case fault := <-e.release:
+		return fault
+	case <-r.over:
+		return fakegcs.Hung
+	case <-ctx.Done():
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.drop(e)
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) { // it is sent again, so this leaves no trace
+		a.counts[e.what]--
+		r.arrivals--
+		return fakegcs.Hung
+	}
+	r.tell(e, "abandoned")
+	if r.left["stray"] == 0 || !e.changes() || a.crashed {
+		return fakegcs.Hung
+	}
+	r.left["stray"]--
+	r.strays = append(r.strays, e)
+	return fakegcs.Stray
+}
+
+func (r *rehearsal) drop(e *event) {
+	r.pending = slices.DeleteFunc(r.pending, func(o *event) bool { return o == e })
+}
+
+// onAnswer takes down what a request has done, and stops the answer in split scenes.
+func (r *rehearsal) onAnswer(ctx context.Context, q *fakegcs.Request) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.events[q.N]
+	r.inspect(e)
+	if r.free || e.key == "" {
+		return
+	}
+	if e.said = r.answerAs(q); e.fault == fakegcs.LostReset {
+		e.said = "lost"
+	}
+	if r.split && e.fault == fakegcs.NoFault {
+		r.mu.Unlock()
+		select {
+		case <-e.deliver:
+		case <-r.over:
+		case <-ctx.Done():
+			e.said = "abandoned"
+		}
+		r.mu.Lock()
+	}
+	r.drop(e)
+	r.tell(e, e.said)
+}
+
+// tell adds an answer to what the actor knows.
+func (r *rehearsal) tell(e *event, said string) {
+	l := line{request: r.requestAs(e), said: said, sent: e.sent, read: e.Op == "list" || e.Op == "attrs", at: r.changes}
+	r.story = append(r.story, "    "+l.String())
+	told := append(e.actor.told, l)
+	for i := len(told) - 1; i > 0 && told[i].sent < i && told[i].String() < told[i-1].String(); i-- {
+		told[i-1], told[i] = told[i], told[i-1]
+	}
+	for n := 1; n <= 8 && 2*n <= len(told); n++ {
+		before, now := told[len(told)-2*n:len(told)-n], told[len(told)-n:]
+		if slices.EqualFunc(before, now, func(a, b line) bool { return a.read && a.request == b.request }) {
+			now[n-1].again = slices.EqualFunc(before, now, func(a, b line) bool { return a.said == b.said && a.at == b.at })
+			told = slices.Delete(told, len(told)-2*n, len(told)-n)
+			break
+		}
+	}
+	e.actor.told = told
+}
+
+// idles reports whether the actor polls, and would see again what it has seen twice.
+func (r *rehearsal) idles(a *actor) bool {
+	last := len(a.told) - 1
+	return last >= 0 && a.told[last].again && a.told[last].at == r.changes
+}
+
+func (r *rehearsal) requestAs(e *event) string {
+	s := e.what
+	for _, k := range slices.Sorted(maps.Keys(e.Cond)) {
+		v := e.Cond[k]
+		if k == "ifGenerationMatch" {
+			v = r.names[v]
+		}
+		s += " " + strings.TrimSuffix(strings.TrimPrefix(k, "if"), "Match") + "=" + v
+	}
+	return s + r.metadataAs(e.Metadata)
+}
+
+func (r *rehearsal) answerAs(q *fakegcs.Request) string {
+	s := fmt.Sprint(q.Status)
+	for _, name := range slices.Sorted(maps.Keys(r.objects)) {
+		if q.Status < 300 && (name == q.Object || q.Op == "list" && bytes.Contains(q.Body, []byte(`"`+name+`"`))) {
+			s += r.objectAs(r.objects[name])
+		}
+	}
+	if bytes.Contains(q.Body, []byte("nextPageToken")) {
+		s += " …"
+	}
+	return s
+}
+
+func (r *rehearsal) objectAs(o *fakegcs.Object) string {
+	return fmt.Sprintf(" %s/%d%s", r.names[fmt.Sprint(o.Generation)], o.Metageneration, r.metadataAs(o.Metadata))
+}
+
+// metadataAs tells of a marker's age how many renewals are overdue.
+func (r *rehearsal) metadataAs(m map[string]string) (s string) {
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		v := m[k]
+		if name, ok := r.names[v]; ok {
+			v = name
+		}
+		if t, err := time.Parse(time.RFC3339Nano, v); err == nil {
+			v = "given up"
+			if t.After(givenUp) {
+				v = fmt.Sprintf("%.0f", float64(time.Since(t)+r.jumped)/float64(scheduleThreshold/renewals))
+			}
+		}
+		s += " " + k + ":" + v
+	}
+	return s
+}
+
+// inspect holds the bucket against the invariants, after a request.
+func (r *rehearsal) inspect(e *event) {
+	before := r.objects
+	r.objects = r.f.Objects()
+	if !maps.Equal(before, r.objects) {
+		r.changes++
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.objects)) {
+		o := r.objects[name]
+		gen, label := fmt.Sprint(o.Generation), r.names[o.Metadata[keySaveID]]+name[strings.LastIndexByte(name, '.'):]
+		if r.names[gen] == "" {
+			for n := 1; r.names[gen] == ""; n++ {
+				if l := fmt.Sprint(label, "#", n); r.names[l] == "" {
+					r.names[gen], r.names[l] = l, l
+				}
+			}
+		}
+	}
+	info, mod, zip := r.objects[objectName(extInfo)], r.objects[objectName(extMod)], r.objects[objectName(extZip)]
+	owner, gens := "", [3]int64{}
+	switch {
+	case mod == nil || mod.Metadata[keyInProgress] != "" || mod.Metadata[keyInProgressOld] != "":
+	case info != nil && zip != nil:
+		owner, gens = r.names[string(mod.Data)], [3]int64{info.Generation, mod.Generation, zip.Generation}
+		if i, z := r.names[string(info.Data)], r.names[string(zip.Data)]; i != owner || z != owner {
+			r.report("the version is complete with the .info of %s, the .mod of %s and the .zip of %s", i, owner, z)
+		}
+	case r.names[string(mod.Data)] != "old":
+		r.report("the .mod has no marker, and another object is missing")
+	}
+	if r.life != "" && gens != r.lifeGens && (mod != nil || e.actor.op != "Delete") {
+		r.report("the complete version of %s was changed: %s", r.life, e.key)
+	}
+	if was := before[objectName(extMod)]; was != nil && mod == nil && e.actor.op == "Repair" {
+		t, err := time.Parse(time.RFC3339Nano, was.Metadata[keyInProgress])
+		if err == nil && e.actor.s.now().Sub(t).Abs() < scheduleThreshold {
+			r.report("%s removed a version in progress", e.actor.name)
+		}
+	}
+	if owner != "" && gens != r.lifeGens {
+		r.lives = append(r.lives, owner)
+	}
+	r.life, r.lifeGens = owner, gens
+	for _, a := range r.actors {
+		a.always = a.always && owner != ""
+		if owner != "" {
+			a.saw[owner] = true
+		}
+		if a.failed && owner == a.name {
+			r.report("the version of %s is complete, and its Save has failed", owner)
+		}
+	}
+	for _, v := range r.f.Violations() {
+		r.report("%s", v)
+	}
+}
+
+// play makes the call of a role, and holds its result against the invariants.
+func (r *rehearsal) play(a *actor, do role) {
+	r.mu.Lock()
+	a.saw, a.always = map[string]bool{}, r.life != ""
+	if a.always {
+		a.saw[r.life] = true
+	}
+	r.mu.Unlock()
+	result, err := do.call(r, a)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	select {
+	case <-r.over:
+		return
+	default:
+	}
+	if a.crashed {
+		return
+	}
+	switch {
+	case Is(err, KindAlreadyExists):
+		result = "exists"
+	case Is(err, KindNotFound):
+		result = "not found"
+	case err != nil:
+		result = "an error"
+		whole := len(r.objects) >= 3
+		for _, ext := range []string{extInfo, extMod, extZip} {
+			o := r.objects[objectName(ext)]
+			whole = whole && o != nil && r.names[string(o.Data)] == a.name
+		}
+		a.failed = !whole
+		if r.left["unmet"] == r.faults["unmet"] && !a.cancelled {
+			r.report("%s fails without a reason: %v", do.op, err)
+		}
+	}
+	said := fmt.Sprintf("%s: %s returns %s", a.name, do.op, result)
+	complete := result == "exists" || result == "true" || result == "complete" || result == "nil" && do.op == "Save"
+	switch {
+	case do.op == "Save" && result == "nil" && !a.saw[a.name]:
+		r.report("%s, and its version was never complete", said)
+	case complete && len(a.saw) == 0:
+		r.report("%s, and no version was complete during the call", said)
+	case complete && r.life == "" && !r.deletes():
+		r.report("%s, and no version is complete", said)
+	case a.always && (result == "false" || result == "not found" || result == "absent"):
+		r.report("%s, and a version was complete all the time", said)
+	}
+	a.result += do.op + " " + result + ". "
+	r.story = append(r.story, "    "+said)
+}
+
+func (r *rehearsal) deletes() bool {
+	return slices.ContainsFunc(r.roles, func(do role) bool { return do.op == "Delete" })
+}
+
+// A choice is what can happen next.
+type choice struct {
+	name string
+	do   func()
+}
+
+// choices returns all that can happen next. What the actor does that moved last comes
+// first; everything else is a preemption, unless that actor can do nothing.
+func (r *rehearsal) choices() (choices []choice) {
+	add := func(fault, what string, do func()) {
+		if fault == "" {
+			choices = append(choices, choice{what, do})
+		} else if r.left[fault] > 0 {
+			choices = append(choices, choice{strings.TrimSpace(fault + " " + what), func() { r.left[fault]--; do() }})
+		}
+	}
+	slices.SortFunc(r.pending, func(a, b *event) int {
+		if (a.actor == r.last) != (b.actor == r.last) {
+			return map[bool]int{true: -1, false: 1}[a.actor == r.last]
+		}
+		return strings.Compare(a.key, b.key)
+	})
+	busy := slices.ContainsFunc(r.pending, func(e *event) bool { return e.actor == r.last && !r.idles(e.actor) })
+	polling := len(r.pending) > 0
+	for _, e := range r.pending {
+		if r.idles(e.actor) && e.said == "" {
+			continue
+		}
+		polling = false
+		preempts := r.bound > 0 && busy && e.actor != r.last
+		if preempts && r.switches == r.bound {
+			continue
+		}
+		release := func(fault fakegcs.Fault) func() {
+			return func() {
+				if preempts {
+					r.switches++
+				}
+				r.last = e.actor
+				r.release(e, fault)
+			}
+		}
+		if e.said != "" {
+			add("", "answer "+e.key, release(fakegcs.NoFault))
+			continue
+		}
+		add("", e.key, release(fakegcs.NoFault))
+		for _, fault := range slices.Sorted(maps.Keys(requestFaults)) {
+			if e.changes() {
+				add(fault, e.key, release(requestFaults[fault]))
+			}
+		}
+	}
+	for _, e := range r.strays {
+		add("", "land "+e.key, func() { r.land(e) })
+	}
+	live := 0
+	for _, a := range r.actors {
+		if a.done || a.crashed {
+			continue
+		}
+		live++
+		add("crash", a.name, func() {
+			a.crashed = true
+			a.m.Crash()
+			r.pending = slices.DeleteFunc(r.pending, func(e *event) bool { return e.actor == a })
+		})
+		if !a.cancelled {
+			add("cancel", a.name, func() { a.cancelled = true; a.cancel() })
+		}
+	}
+	switch {
+	case live == 0 && len(r.strays) > 0:
+		add("", "end", func() { r.strays = nil })
+	case live > 0 && polling:
+		add("", "time passes", r.timePasses)
+	case live > 0:
+		add("stale", "", r.jump)
+		add("renew", "", func() {
+			before := r.arrivals
+			r.sleepUntil(scheduleThreshold/renewals+time.Second, func() bool { return r.arrivals > before })
+		})
+	}
+	return choices
+}
+
+// release lets a request go on, or its answer.
+func (r *rehearsal) release(e *event, fault fakegcs.Fault) {
+	if e.said != "" {
+		close(e.deliver)
+		return
+	}
+	if e.fault = fault; fault == fakegcs.StrayReset {
+		e.actor.brokenOff = e.Op == "chunk"
+		r.strays = append(r.strays, e)
+		r.drop(e)
+		r.tell(e, "lost")
+	}
+	e.release <- fault
+}
+
+// land applies a request that went astray.
+func (r *rehearsal) land(e *event) {
+	r.strays = slices.DeleteFunc(r.strays, func(o *event) bool { return o == e })
+	r.f.LandOne(slices.IndexFunc(r.f.Strays(), func(q fakegcs.Request) bool { return q.N == e.N }))
+	r.inspect(e)
+}
+
+// jump lets the stale threshold pass on all clocks. No request times out.
+func (r *rehearsal) jump() {
+	r.jumped += scheduleThreshold + time.Minute
+	r.jumps++
+	r.changes++
+}
+
+// timePasses is what happens when all actors poll: first to their clocks, and when
+// that was not enough to their timers.
+func (r *rehearsal) timePasses() {
+	if r.jumps <= r.faults["stale"] {
+		r.jump()
+		return
+	}
+	r.jumps++
+	for start := time.Now(); time.Since(start) <= scheduleThreshold; r.settle() {
+		for _, e := range slices.Clone(r.pending) {
+			if !r.idles(e.actor) {
+				return
+			}
+			r.release(e, fakegcs.NoFault)
+			synctest.Wait()
+		}
+	}
+}
+
+// settle lets time pass until every actor waits for a choice, or is done.
+func (r *rehearsal) settle() {
+	asleep := func(a *actor) bool {
+		return !a.done && !a.crashed && !slices.ContainsFunc(r.pending, func(e *event) bool { return e.actor == a })
+	}
+	if !r.sleepUntil(scheduleThreshold/2, func() bool { return !slices.ContainsFunc(r.actors, asleep) }) {
+		r.report("%s is stuck", r.actors[slices.IndexFunc(r.actors, asleep)].name)
+	}
+}
+
+func (r *rehearsal) sleepUntil(limit time.Duration, met func() bool) bool {
+	synctest.Wait()
+	for end := time.After(limit); !met(); synctest.Wait() {
+		select {
+		case <-r.arrived:
+		case <-end:
+			return false
+		}
+	}
+	return true
+}
+
+// state describes all that decides what can happen from here on.
+func (r *rehearsal) state() string {
+	lines := []string{fmt.Sprint(r.left, r.jumps, r.life, r.lives)}
+	if r.bound > 0 && r.last != nil {
+		lines[0] += r.last.name
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.objects)) {
+		lines = append(lines, r.objectAs(r.objects[name]))
+	}
+	for _, a := range r.actors {
+		lines = append(lines, fmt.Sprint(a.name, a.result, a.done, a.crashed, a.cancelled, a.failed))
+		if !a.done && !a.crashed {
+			lines = append(lines, fmt.Sprint(a.saw, a.always, a.told))
+		}
+	}
+	pending := len(lines)
+	for _, e := range r.pending {
+		lines = append(lines, r.requestAs(e)+e.said)
+	}
+	slices.Sort(lines[pending:])
+	for _, e := range r.strays {
+		lines = append(lines, "stray "+r.requestAs(e))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// rehearse sets a scene up.
+func (sc *scene) rehearse() *rehearsal {
+	r := &rehearsal{
+		scene: sc, f: fakegcs.New(), over: make(chan struct{}), arrived: make(chan struct{}, 1), left: maps.Clone(sc.faults),
+		events: map[int]*event{}, names: map[string]string{"0": "none", "old": "old", "other": "other"},
+	}
+	r.own("old", contentOf("old", 50))
+	if sc.found != nil {
+		sc.found(r.f)
+	}
+	r.inspect(nil)
+	r.lives, r.broken = nil, nil
+	for _, do := range sc.roles {
+		r.add(do)
+	}
+	r.f.OnRequest(r.onRequest)
+	r.f.OnAnswer(r.onAnswer)
+	return r
+}
+
+func (r *rehearsal) own(who string, c content) {
+	for _, b := range [][]byte{c.mod, c.info, c.zip} {
+		r.names[string(b)] = who
+	}
+}
+
+func (r *rehearsal) add(do role) *actor {
+	a := &actor{role: do, m: r.f.Register(do.name), content: contentOf(do.name, max(r.zip, 20)), counts: map[string]int{}, saw: map[string]bool{}}
+	r.own(do.name, a.content)
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	a.m.Connect(editTransport{a.m, func(q *http.Request) *http.Response {
+		if query := q.URL.Query(); r.page > 0 && strings.HasSuffix(q.URL.Path, "/o") && q.Method == http.MethodGet {
+			query.Set("maxResults", strconv.Itoa(r.page))
+			q.URL.RawQuery = query.Encode()
+		}
+		return nil
+	}})
+	a.s = NewStorage(a.m.Bucket, WithStaleThreshold(scheduleThreshold), WithChunkSize(256<<10))
+	a.s.now = func() time.Time { return time.Now().Add(do.skew + r.jumped) }
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.actors = append(r.actors, a)
+	return a
+}
+
+// epilogue checks, when all actors are done, that what they left does no harm.
+func (r *rehearsal) epilogue() {
+	crashed := false
+	for _, a := range r.actors {
+		crashed = crashed || a.crashed
+		owner := r.life == a.name || slices.Contains(r.lives, a.name) && !r.deletes()
+		if owner && a.op == "Save" && !a.crashed && !a.cancelled && r.left["unmet"] == r.faults["unmet"] && a.result != "Save nil. " {
+			r.report("the version of %s was complete, and its call says: %s", a.name, a.result)
+		}
+	}
+	if requests, bodies := r.f.InFlight(); !crashed && len(r.f.Strays()) == 0 && requests+bodies > 0 {
+		r.report("%d requests and %d bodies are left", requests, bodies)
+	}
+	if crashed {
+		r.jump()
+	}
+	r.free = true
+	last, ended := r.add(save("last", 0)), make(chan struct{})
+	r.group.Go(func() {
+		defer close(ended)
+		r.play(last, last.role)
+		r.play(last, exists("last", 0))
+	})
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		r.report("a save that follows has not ended in 10 s")
+		return
+	}
+	if last.result != "Save nil. Exists true. " && last.result != "Save exists. Exists true. " {
+		r.report("then: %s", last.result)
+	}
+	for len(r.f.Strays()) > 0 {
+		r.land(r.events[r.f.Strays()[0].N])
+	}
+}
+
+// end ends all that is under way.
+func (r *rehearsal) end() {
+	r.f.Close()
+	close(r.over)
+	for _, a := range r.actors {
+		a.cancel()
+	}
+	r.group.Wait()
+	time.Sleep(time.Hour) // a flight outlives its callers
+}
+
+// A branch is a path that is still to be taken: the way to a state, and a choice there.
+type branch struct {
+	from   *branch
+	state  uint64
+	choice string
+}
+
+func (b *branch) path() (path []string) {
+	for ; b.from != nil; b = b.from {
+		path = append(path, b.choice)
+	}
+	slices.Reverse(path)
+	return path
+}
+
+// An exploration is the search of a scene.
+type exploration struct {
+	*scene
+	seed                maphash.Seed
+	switches            map[uint64]int      // the fewest preemptions with which a state was reached
+	next                map[uint64][]uint64 // states
+	ends                map[uint64]bool
+	root                uint64
+	todo                []*branch
+	runs                int
+	diverged            int
+	length              int      // of the longest path that is of interest
+	broken, path, story []string // the shortest failure
+	took                time.Duration
+}
+
+// explore visits all states of a scene, in the time that there is.
+func (sc *scene) explore(t *testing.T, limit time.Duration) *exploration {
+	ex := &exploration{scene: sc, seed: maphash.MakeSeed(), switches: map[uint64]int{}, next: map[uint64][]uint64{},
+		ends: map[uint64]bool{}, todo: []*branch{{}}, length: 300}
+	start := time.Now()
+	for len(ex.todo) > 0 && (limit == 0 || time.Since(start) < limit) {
+		b := ex.todo[len(ex.todo)-1]
+		ex.todo = ex.todo[:len(ex.todo)-1]
+		ex.runs++
+		synctest.Test(t, func(t *testing.T) { ex.follow(b) })
+	}
+	ex.took = time.Since(start)
+	return ex
+}
+
+// follow replays a path, and goes on with the first choice of each new state.
+func (ex *exploration) follow(b *branch) {
+	r, path, last := ex.rehearse(), b.path(), uint64(0)
+	defer r.end()
+	for _, a := range r.actors {
+		r.group.Go(func() {
+			defer r.wake()
+			r.play(a, a.role)
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			a.done = true
+		})
+	}
+	for step := 0; len(r.broken) == 0; step++ {
+		r.settle()
+		choices := r.choices()
+		if step >= len(path)-1 { // before, no state is new
+			state := maphash.String(ex.seed, r.state())
+			if step == len(path)-1 && state != b.state {
+				ex.diverged++
+				return
+			}
+			if step == 0 {
+				ex.root = state
+			}
+			if step >= len(path) {
+				if step > 0 {
+					ex.next[last] = append(ex.next[last], state)
+				}
+				if fewest, visited := ex.switches[state]; visited && fewest <= r.switches || step > ex.length {
+					return
+				}
+				ex.switches[state] = r.switches
+				if len(choices) == 0 {
+					ex.ends[state] = true
+					break
+				}
+				for _, c := range slices.Backward(choices) {
+					ex.todo = append(ex.todo, &branch{b, state, c.name})
+				}
+				b = ex.todo[len(ex.todo)-1]
+				ex.todo = ex.todo[:len(ex.todo)-1]
+				path = append(path, b.choice)
+			}
+			last = state
+		}
+		i := slices.IndexFunc(choices, func(c choice) bool { return c.name == path[step] })
+		if i < 0 {
+			ex.diverged++
+			return
+		}
+		r.story = append(r.story, path[step])
+		choices[i].do()
+	}
+	if len(r.broken) == 0 {
+		r.epilogue()
+	}
+	if len(r.broken) > 0 && len(path) <= ex.length {
+		ex.broken, ex.path, ex.story, ex.length = r.broken, path, r.story, len(path)-1
+	}
+}
+
+// schedules counts the paths that the states stand for, without their loops.
+func (ex *exploration) schedules() *big.Float {
+	counts := map[uint64]*big.Int{}
+	var count func(state uint64) *big.Int
+	count = func(state uint64) *big.Int {
+		n, ok := counts[state]
+		if !ok {
+			n = new(big.Int)
+			counts[state] = n
+			if ex.ends[state] {
+				n.SetInt64(1)
+			}
+			for _, next := range ex.next[state] {
+				n.Add(n, count(next))
+			}
+		}
+		return n
+	}
+	return new(big.Float).SetInt(count(ex.root))
+}
+
+func (ex *exploration) String() string {
+	whole := "exhausted"
+	if len(ex.todo) > 0 {
+		whole = fmt.Sprintf("NOT exhausted, %d branches left", len(ex.todo))
+	} else if ex.bound > 0 {
+		whole = fmt.Sprintf("exhausted up to %d preemptions", ex.bound)
+	}
+	return fmt.Sprintf("%6d states %9.3g schedules %6d runs %7v %s", len(ex.switches), ex.schedules(), ex.runs, ex.took.Round(10*time.Millisecond), whole)
+}
+
+// The roles.
+
+func save(name string, skew time.Duration) role {
+	return role{name, "Save", skew, func(r *rehearsal, a *actor) (string, error) { return "nil", a.content.save(a.ctx, a.s) }}
+}
+
+func exists(name string, skew time.Duration) role {
+	return role{name, "Exists", skew, func(r *rehearsal, a *actor) (string, error) {
+		ok, err := a.s.Exists(a.ctx, testModule, testVersion)
+		return fmt.Sprint(ok), err
+	}}
+}
+
+func list(name string) role {
+	return role{name, "List", 0, func(r *rehearsal, a *actor) (string, error) {
+		versions, err := a.s.List(a.ctx, testModule)
+		return fmt.Sprint(len(versions) == 1), err
+	}}
+}
+
+func remove(name string) role {
+	return role{name, "Delete", 0, func(r *rehearsal, a *actor) (string, error) {
+		return "nil", a.s.Delete(a.ctx, testModule, testVersion)
+	}}
+}
+
+func repair(name string, skew time.Duration) role {
+	return role{name, "Repair", skew, func(r *rehearsal, a *actor) (string, error) {
+		state, err := a.s.Repair(a.ctx, testModule, testVersion)
+		return state.String(), err
+	}}
+}
+
+// stash fetches in a single flight. No two fetch at the same time, if no time passes.
+func stash(name string, skew time.Duration) role {
+	return role{name, "Stash", skew, func(r *rehearsal, a *actor) (string, error) {
+		_, err := a.s.SingleFlight(stashFunc(func(ctx context.Context, _, vers string) (string, error) {
+			count := func(n int) {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				if r.fetching += n; r.fetching > 1 && r.jumps == 0 && r.faults["renew"] == 0 && !slices.ContainsFunc(r.roles, func(do role) bool { return do.skew != 0 }) {
+					r.report("two fetch at the same time")
+				}
+			}
+			count(1)
+			defer count(-1)
+			return vers, a.content.save(ctx, a.s)
+		})).Stash(a.ctx, testModule, testVersion)
+		return "true", err
+	}}
+}
+
+// leftovers puts what a save has left into the bucket.
+func leftovers(marker map[string]string, id string, exts ...string) func(*fakegcs.Server) {
+	return func(f *fakegcs.Server) {
+		old := contentOf("old", 50)
+		for _, ext := range exts {
+			data := map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext]
+			metadata := marker
+			if ext != extMod && id != "" {
+				metadata = map[string]string{keySaveID: id}
+			}
+			f.PutAt(objectName(ext), data, metadata, time.Now().Add(-1000*time.Hour))
+		}
+	}
+}
+
+const wrong = 100 * time.Hour // of a clock
+
+func scenes() []scene {
+	a, b, c, d := save("a", 0), save("b", 0), save("c", 0), remove("d")
+	ahead, behind := save("b", wrong), save("a", -wrong)
+	e := exists("e", wrong)
+	stale, gaveUp := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old"), marked(givenUp, "old")
+	complete := leftovers(nil, "old", extInfo, extMod, extZip)
+	unfinished := leftovers(stale, "old", extInfo, extMod, extZip)
+	abandoned := leftovers(stale, "old", extInfo, extMod)
+	mixed := leftovers(stale, "other", extInfo, extMod, extZip)
+	partial := leftovers(nil, "", extInfo, extMod)
+	headless := leftovers(nil, "old", extInfo, extZip)
+	return []scene{
+		{name: "a saver", roles: []role{a}},
+		{name: "a saver, split", split: true, roles: []role{a}},
+		{name: "two savers", roles: []role{a, b}},
+		{name: "two savers, split", split: true, roles: []role{a, b}},
+		{name: "three savers", roles: []role{a, b, c}},
+		{name: "two savers, one's clock ahead", roles: []role{a, ahead}},
+		{name: "two savers who take each other for stale", roles: []role{behind, ahead}},
+		{name: "two savers, a complete version", roles: []role{a, b}, found: complete},
+		{name: "two savers, an unfinished version", roles: []role{a, b}, found: unfinished},
+		{name: "two savers, an abandoned version", roles: []role{a, b}, found: abandoned},
+		{name: "two savers, objects of two saves", roles: []role{a, b}, found: mixed},
+		{name: "two savers, a version given up", roles: []role{a, b}, found: leftovers(gaveUp, "old", extMod, extZip)},
+		{name: "two savers, a marker of an older Athens", roles: []role{a, b}, found: leftovers(map[string]string{keyInProgressOld: "true"}, "", extMod)},
+		{name: "two savers, a partial version", roles: []role{a, b}, found: partial},
+		{name: "two savers, a version without .mod", roles: []role{a, b}, found: headless},
+		{name: "saver and deleter", roles: []role{a, d}},
+		{name: "saver and deleter, a complete version", roles: []role{a, d}, found: complete},
+		{name: "saver and deleter, a version without .mod", roles: []role{a, d}, found: headless},
+		{name: "saver and two deleters", roles: []role{a, d, remove("e")}},
+		{name: "two savers and deleter", roles: []role{a, b, d}},
+		{name: "two savers, one's clock ahead, and deleter", bound: 3, roles: []role{a, ahead, d}},
+		{name: "saver and finisher", roles: []role{a, e}},
+		{name: "saver and finisher, split", split: true, roles: []role{a, e}},
+		{name: "saver in chunks and finisher", zip: 256<<10 + 1, roles: []role{a, e}},
+		{name: "saver, finisher and deleter", roles: []role{a, e, d}},
+		{name: "saver and Exists, an abandoned version", roles: []role{a, e}, found: abandoned},
+		{name: "saver and Exists, objects of two saves", roles: []role{a, e}, found: mixed},
+		{name: "saver, Exists and deleter, an unfinished version", roles: []role{a, e, d}, found: unfinished},
+		{name: "saver and List in pages of one", page: 1, roles: []role{a, list("l")}},
+		{name: "saver and List in pages of one, a partial version", page: 1, roles: []role{a, list("l")}, found: partial},
+		{name: "saver and List in pages of one, an unfinished version", page: 1, roles: []role{a, list("l")}, found: unfinished},
+		{name: "saver and Repair", roles: []role{a, repair("r", wrong)}},
+		{name: "saver and Repair, a partial version", roles: []role{a, repair("r", 0)}, found: partial},
+		{name: "saver and Repair, an abandoned version", roles: []role{a, repair("r", 0)}, found: abandoned},
+		{name: "saver and Repair, objects of two saves", roles: []role{a, repair("r", 0)}, found: mixed},
+		{name: "saver and Repair, an unfinished version", roles: []role{a, repair("r", 0)}, found: unfinished},
+		{name: "saver and two Repairs, an abandoned version", roles: []role{a, repair("r", 0), repair("s", 0)}, found: abandoned},
+		{name: "deleter and Repair, an abandoned version", roles: []role{d, repair("r", 0)}, found: abandoned},
+		{name: "deleter and Repair, an unfinished version", roles: []role{d, repair("r", 0)}, found: unfinished},
+		{name: "two flights", roles: []role{stash("a", 0), stash("b", 0)}},
+		{name: "two flights, one's clock ahead", roles: []role{stash("a", 0), stash("b", wrong)}},
+	}
+}
+
+func TestSchedules(t *testing.T) {
+	all := os.Getenv("GCS_SCHEDULES") == "all"
+	limit, _ := time.ParseDuration(os.Getenv("GCS_LIMIT"))
+	replay := os.Getenv("GCS_SCHEDULE")
+	for _, sc := range scenes() {
+		for _, fault := range []string{"", "lost", "stray", "unmet", "crash", "cancel", "stale", "renew"} {
+			sc := sc
+			sc.faults = map[string]int{fault: 1}
+			if fault != "" {
+				sc.name += ", " + fault
+			}
+			t.Run(sc.name, func(t *testing.T) {
+				t.Parallel()
+				_ = all
+				_ = replay
+				ex := sc.explore(t, limit)
+				fmt.Printf("%-60s %v\n", sc.name, ex)
+				if ex.diverged > 0 {
+					t.Errorf("%d replays diverged", ex.diverged)
+				}
+				if len(ex.broken) > 0 {
+					t.Errorf("%s\n%s\nTo replay it:\n  GCS_SCHEDULE='%s' go test -v -run '%s' .",
+						strings.Join(ex.broken, "\n"), strings.Join(ex.story, "\n"), strings.Join(ex.path, "; "), t.Name())
+				}
+			})
+		}
+	}
+}
