@@ -85,7 +85,7 @@ func TestBudgetListBytes(t *testing.T) {
 		bucket := f.Machine("a").Bucket
 		ours := measure(f, func() { listOf(n)(t, newStorage(bucket)) })
 		defaults := measure(f, func() {
-			list, err := baseline{bucket}.List(t.Context(), testModule)
+			list, err := baseline{bucket}.List(t.Context(), testPrefix+testModule)
 			require.NoError(t, err)
 			require.Len(t, list, n)
 		})
