@@ -149,7 +149,7 @@ func (f *flight) claim(ctx context.Context) (held, complete bool, err error) {
 			complete, err = f.s.isComplete(ctx, f.v, seen)
 		}
 		if err != nil || complete {
-			f.land(ctx, seen)
+			f.land(ctx, seen, complete)
 			return false, complete, err
 		}
 		held := f.lease.recover(seen.lock)
@@ -177,7 +177,7 @@ func (f *flight) claim(ctx context.Context) (held, complete bool, err error) {
 			}
 		}
 		if err != nil {
-			f.land(ctx, snapshot{})
+			f.land(ctx, snapshot{}, false)
 			return false, false, err
 		}
 	}
@@ -208,8 +208,9 @@ func (f *flight) acquire(ctx context.Context, stale *storage.ObjectAttrs) error 
 }
 
 // land leaves no claim behind: neither this flight's, nor a stale one that it met.
-func (f *flight) land(ctx context.Context, seen snapshot) {
-	if f.lease.recover(seen.lock) || f.lease.sent > 0 {
+// A claim that may still arrive beside a complete version delays nobody.
+func (f *flight) land(ctx context.Context, seen snapshot, complete bool) {
+	if f.lease.recover(seen.lock) || !complete && f.lease.sent > 0 {
 		f.unclaim(ctx)
 		return
 	}

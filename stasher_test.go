@@ -1,0 +1,1388 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+const (
+	pseudoVersion = "v0.0.0-20260102150405-0123456789ab"
+	// claimStale is after how long without renewal a claim is stale, by default.
+	claimStale = DefaultStaleThreshold / claimFraction
+	// lastPoll is how late the end of what a flight waits for can be seen.
+	lastPoll = 3 * time.Second
+)
+
+// errGone is the error of a fetch of what exists nowhere.
+var errGone = fmt.Errorf("git: repository %w", fs.ErrNotExist)
+
+// stashFunc is a Stasher made of a function.
+type stashFunc func(ctx context.Context, module, version string) (string, error)
+
+func (f stashFunc) Stash(ctx context.Context, module, version string) (string, error) {
+	return f(ctx, module, version)
+}
+
+// answering is a Stasher with one answer.
+func answering(vers string, err error) Stasher {
+	return stashFunc(func(context.Context, string, string) (string, error) { return vers, err })
+}
+
+// origin is the version control system that a fleet fetches from.
+type origin struct {
+	takes   time.Duration // for one fetch
+	resolve map[string]string
+	fail    func(call int) error // of the n-th fetch, nil for none
+
+	mu    sync.Mutex
+	calls map[string]int // by version asked for
+	now   int            // fetches under way,
+	most  int            // and the most there ever were
+}
+
+// stasher fetches for a Storage, as Athens' own does, and stores what it fetched.
+func (o *origin) stasher(s *Storage) Stasher {
+	return stashFunc(func(ctx context.Context, module, vers string) (string, error) {
+		o.mu.Lock()
+		if o.calls == nil {
+			o.calls = map[string]int{}
+		}
+		o.calls[vers]++
+		n := o.total()
+		o.now++
+		o.most = max(o.most, o.now)
+		o.mu.Unlock()
+		defer func() {
+			o.mu.Lock()
+			o.now--
+			o.mu.Unlock()
+		}()
+		if err := sleep(ctx, o.takes); err != nil {
+			return "", err
+		}
+		if o.fail != nil {
+			if err := o.fail(n); err != nil {
+				return "", err
+			}
+		}
+		if resolved, ok := o.resolve[vers]; ok {
+			vers = resolved
+		}
+		if err := stashSave(ctx, s, module, vers); err != nil {
+			return "", athensLike{"stasher.Stash", KindUnexpected, err}
+		}
+		return vers, nil
+	})
+}
+
+// total is called with mu held, or when all fetches are done.
+func (o *origin) total() int {
+	n := 0
+	for _, calls := range o.calls {
+		n += calls
+	}
+	return n
+}
+
+func stashSave(ctx context.Context, s *Storage, module, vers string) error {
+	c := contentOf(vers, 100)
+	sum := md5.Sum(c.zip)
+	return s.Save(ctx, module, vers, c.mod, bytes.NewReader(c.zip), sum[:], c.info)
+}
+
+// athensLike is an error of Athens, which says its kind, and wraps its cause.
+type athensLike struct {
+	Op   string
+	Kind int
+	Err  error
+}
+
+func (e athensLike) Error() string { return e.Op }
+func (e athensLike) Unwrap() error { return e.Err }
+
+// replica is one machine of a fleet.
+type replica struct {
+	*fakegcs.Machine
+	s *Storage
+	Stasher
+}
+
+func newReplica(f *fakeGCS, o *origin, name string, opts ...Option) replica {
+	m := f.Machine(name)
+	s := newStorage(m.Bucket, opts...)
+	return replica{m, s, s.SingleFlight(o.stasher(s))}
+}
+
+func newFleet(f *fakeGCS, o *origin, n int, opts ...Option) []replica {
+	fleet := make([]replica, n)
+	for i := range fleet {
+		fleet[i] = newReplica(f, o, fmt.Sprint(i), opts...)
+	}
+	return fleet
+}
+
+// stashAll makes all replicas stash the version, one after another by that time,
+// and returns their errors and how long it took.
+func stashAll(t *testing.T, fleet []replica, spread time.Duration) (errs []error, took time.Duration) {
+	start := time.Now()
+	errs = make([]error, len(fleet))
+	var group sync.WaitGroup
+	for i, r := range fleet {
+		group.Go(func() {
+			time.Sleep(time.Duration(i) * spread)
+			saved, err := r.Stash(t.Context(), testModule, testVersion)
+			if err == nil {
+				require.Equal(t, testVersion, saved)
+			}
+			errs[i] = err
+		})
+	}
+	group.Wait()
+	return errs, time.Since(start)
+}
+
+func requireNoErrors(t *testing.T, errs []error) {
+	t.Helper()
+	require.NoError(t, errors.Join(errs...))
+}
+
+type contextKey struct{}
+
+func TestSingleFlightShares(t *testing.T) {
+	for _, vers := range []string{testVersion, "master"} {
+		t.Run(vers, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				calls := 0
+				s := f.storage("a")
+				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+					calls++
+					require.Equal(t, testModule, module)
+					require.Equal(t, vers, v)
+					require.Equal(t, 0, ctx.Value(contextKey{})) // of the first who came
+					time.Sleep(5 * time.Second)
+					return pseudoVersion, nil
+				}))
+				var group sync.WaitGroup
+				for i := range 20 {
+					group.Go(func() {
+						time.Sleep(time.Duration(i) * 100 * time.Millisecond)
+						saved, err := stasher.Stash(context.WithValue(t.Context(), contextKey{}, i), testModule, vers)
+						require.NoError(t, err)
+						require.Equal(t, pseudoVersion, saved)
+					})
+				}
+				group.Wait()
+				require.Equal(t, 1, calls)
+			})
+		})
+	}
+}
+
+// Neither another version, nor another module, nor a call after the last is the
+// same call.
+func TestSingleFlightSharesNoMore(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		var mu sync.Mutex
+		calls := map[string]int{}
+		s := f.storage("a")
+		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			calls[module+"@"+v]++
+			return v, nil
+		}))
+		for range 2 {
+			var group sync.WaitGroup
+			for _, v := range []version{{"a", "v1.0.0"}, {"a", "v1.0.1"}, {"b", "v1.0.0"}, {"a", "master"}, {"b", "master"}} {
+				group.Go(func() {
+					saved, err := stasher.Stash(t.Context(), v.module, v.version)
+					require.NoError(t, err)
+					require.Equal(t, v.version, saved)
+				})
+			}
+			group.Wait()
+		}
+		require.Equal(t, map[string]int{"a@v1.0.0": 2, "a@v1.0.1": 2, "b@v1.0.0": 2, "a@master": 2, "b@master": 2}, calls)
+	})
+}
+
+// A caller, the first or another, that has had enough leaves at once, and alone.
+func TestSingleFlightCallerLeaves(t *testing.T) {
+	for _, vers := range []string{testVersion, "master"} {
+		for leaver := range 3 {
+			t.Run(fmt.Sprint(vers, leaver), func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					o := &origin{takes: 5 * time.Second, resolve: map[string]string{"master": pseudoVersion}}
+					a := newReplica(f, o, "a")
+					want := vers
+					if vers == "master" {
+						want = pseudoVersion
+					}
+					start := time.Now()
+					var group sync.WaitGroup
+					for i := range 3 {
+						group.Go(func() {
+							ctx := t.Context()
+							if i == leaver {
+								var cancel context.CancelFunc
+								ctx, cancel = context.WithTimeout(ctx, 2*time.Second)
+								defer cancel()
+							}
+							time.Sleep(time.Duration(i) * time.Millisecond)
+							saved, err := a.Stash(ctx, testModule, vers)
+							if i == leaver {
+								require.Equal(t, 2*time.Second, time.Since(start))
+								require.ErrorIs(t, err, context.DeadlineExceeded)
+								require.Equal(t, KindGatewayTimeout, Kind(err))
+								require.Empty(t, saved)
+								return
+							}
+							require.NoError(t, err)
+							require.Equal(t, want, saved)
+						})
+					}
+					group.Wait()
+					require.Equal(t, 1, o.total())
+					requireComplete(t, f, testModule, want)
+				})
+			})
+		}
+	}
+}
+
+// A flight outlives its callers. Whenever a caller's context ends, the version is
+// fetched and stored all the same, with the values of that context.
+func TestSingleFlightOutlivesCallers(t *testing.T) {
+	const takes = 5 * time.Second
+	on := func(op, ext string) func(*fakegcs.Request) bool {
+		return func(r *fakegcs.Request) bool { return r.Op == op && strings.HasSuffix(r.Object, ext) }
+	}
+	for name, when := range map[string]struct {
+		after time.Duration
+		at    func(*fakegcs.Request) bool
+	}{
+		"before the call":       {-1, nil},
+		"at the call":           {0, nil},
+		"just after the call":   {time.Nanosecond, nil},
+		"at the first list":     {time.Hour, on("list", "")},
+		"at the claim":          {time.Hour, on("insert", extLock)},
+		"during the fetch":      {takes / 2, nil},
+		"at the save":           {time.Hour, on("insert", extMod)},
+		"at the commit":         {time.Hour, on("patch", extMod)},
+		"at the claim's delete": {time.Hour, on("delete", extLock)},
+	} {
+		for _, vers := range []string{testVersion, "master"} {
+			if vers == "master" && (name == "at the claim" || name == "at the claim's delete") {
+				continue // it has none
+			}
+			t.Run(name+" of "+vers, func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					o := &origin{takes: takes, resolve: map[string]string{"master": pseudoVersion}}
+					s := f.storage("a")
+					next := o.stasher(s)
+					stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+						require.Equal(t, "value", ctx.Value(contextKey{}))
+						_, limited := ctx.Deadline()
+						require.False(t, limited)
+						return next.Stash(ctx, module, v)
+					}))
+					ctx, cancel := context.WithTimeout(context.WithValue(t.Context(), contextKey{}, "value"), time.Hour)
+					defer cancel()
+					if when.at != nil {
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							if when.at(r) {
+								cancel()
+							}
+							return fakegcs.NoFault
+						})
+					}
+					switch {
+					case when.after < 0:
+						cancel()
+					case when.after == 0:
+						go cancel()
+					default:
+						time.AfterFunc(when.after, cancel)
+					}
+					start := time.Now()
+					var group sync.WaitGroup
+					for range 3 { // who come at the same time leave at the same time
+						group.Go(func() {
+							_, err := stasher.Stash(ctx, testModule, vers)
+							require.ErrorIs(t, err, context.Canceled)
+							requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
+						})
+					}
+					group.Wait()
+					require.Less(t, time.Since(start), takes+time.Second)
+					if when.after >= 0 && when.after < time.Hour {
+						require.Equal(t, when.after, time.Since(start))
+					}
+					time.Sleep(2 * takes)
+					require.Equal(t, 1, o.total())
+					if vers == "master" {
+						requireComplete(t, f, testModule, pseudoVersion)
+						return
+					}
+					requireComplete(t, f, testModule, vers)
+				})
+			})
+		}
+	}
+}
+
+// Who comes while the flight of those who left is under way joins it.
+func TestSingleFlightJoinsAbandoned(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{takes: 5 * time.Second}
+		a := newReplica(f, o, "a")
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 2 {
+			_, err := a.Stash(ctx, testModule, testVersion)
+			require.ErrorIs(t, err, context.Canceled)
+			time.Sleep(time.Second)
+		}
+		saved, err := a.Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Equal(t, testVersion, saved)
+		require.Equal(t, 1, o.total())
+	})
+}
+
+func TestSingleFlightNil(t *testing.T) {
+	s := newStorage(newFakeGCS(t).Machine("a").Bucket)
+	require.PanicsWithValue(t, "gcs: SingleFlight: next is nil", func() { s.SingleFlight(nil) })
+}
+
+// What is no version of a module cannot be looked for in the bucket.
+func TestSingleFlightBadRequest(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{}
+		_, err := newReplica(f, o, "a").Stash(t.Context(), "a//b", testVersion)
+		require.Equal(t, KindBadRequest, Kind(err))
+		require.Zero(t, o.total())
+		require.Empty(t, f.Log())
+	})
+}
+
+func TestSingleFlightComplete(t *testing.T) {
+	for name, mark := range map[string]map[string]string{
+		"complete":   nil,
+		"unfinished": marked(givenUp, "dead"),
+		"old Athens": {keyInProgressOld: "true"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				for _, ext := range []string{extInfo, extZip} {
+					f.Put(objectName(ext), nil, map[string]string{keySaveID: "dead"})
+				}
+				f.Put(objectName(extMod), nil, mark)
+				time.Sleep(DefaultStaleThreshold)
+				o := &origin{}
+				a := newReplica(f, o, "a")
+				saved, err := a.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, testVersion, saved)
+				require.Zero(t, o.total())
+				if mark == nil {
+					require.Len(t, f.Log(), 1)
+				} else {
+					require.Len(t, f.Log(), 2)
+				}
+				ok, err := a.s.Exists(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.True(t, ok)
+			})
+		})
+	}
+}
+
+// What is left of a version, if no save is at work on it, is fetched and healed.
+func TestSingleFlightHeals(t *testing.T) {
+	for name, objects := range map[string]map[string]map[string]string{
+		"partial":   {extMod: nil, extInfo: nil},
+		"given up":  {extMod: marked(givenUp, "dead")},
+		"abandoned": {extMod: marked(givenUp, "dead"), extZip: nil, extInfo: nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				for ext, metadata := range objects {
+					f.Put(objectName(ext), []byte("old"), metadata)
+				}
+				time.Sleep(2 * time.Second)
+				o := &origin{}
+				saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, testVersion, saved)
+				require.Equal(t, 1, o.total())
+				requireComplete(t, f, testModule, testVersion)
+			})
+		})
+	}
+}
+
+// A machine that saves without a claim, as Athens' pull of a query does, is
+// waited for all the same: until it is done, or fails, or is dead.
+func TestSingleFlightWaitsForSave(t *testing.T) {
+	for _, test := range []struct {
+		name         string
+		zip          io.Reader
+		crash        bool
+		calls        int
+		after, until time.Duration
+	}{
+		{"done", bytes.NewReader(contentOf(testVersion, 100).zip), false, 0, 20 * time.Second, 23 * time.Second},
+		{"fails", iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
+		{"dies", bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				var group sync.WaitGroup
+				saver := f.Machine("saver")
+				ctx, cancel := context.WithCancel(t.Context())
+				group.Go(func() {
+					zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
+					c := contentOf(testVersion, 100)
+					newStorage(saver.Bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
+				})
+				time.Sleep(time.Second)
+				if test.crash {
+					saver.Crash()
+				}
+				start := time.Now()
+				o := &origin{}
+				saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, testVersion, saved)
+				require.Equal(t, test.calls, o.total())
+				require.Greater(t, time.Since(start), test.after-2*time.Second)
+				require.Less(t, time.Since(start), test.until)
+				requireComplete(t, f, testModule, testVersion)
+				cancel()
+				group.Wait()
+				time.Sleep(time.Minute)
+			})
+		})
+	}
+}
+
+// A save that begins just before the claim is made is waited for without the
+// claim, which would have to be renewed.
+func TestSingleFlightSaveComesBetween(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		var group sync.WaitGroup
+		var begun atomic.Bool
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == objectName(extLock) && begun.CompareAndSwap(false, true) {
+				group.Go(func() {
+					c := contentOf(testVersion, 100)
+					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
+					require.NoError(t, c.saveFrom(t.Context(), f.storage("saver"), zip))
+				})
+				time.Sleep(time.Second)
+			}
+			return fakegcs.NoFault
+		})
+		o := &origin{}
+		group.Go(func() {
+			saved, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.Equal(t, testVersion, saved)
+		})
+		time.Sleep(5 * time.Second)
+		require.True(t, begun.Load())
+		require.Empty(t, locks(f))
+		group.Wait()
+		require.Zero(t, o.total())
+	})
+}
+
+// An answer that another has saved the version is success, and says which.
+func TestSingleFlightAlreadyExists(t *testing.T) {
+	own := &Error{Op: "gcs.Save", Kind: KindAlreadyExists, Module: testModule, Version: pseudoVersion, Err: errExists}
+	nameless := &Error{Op: "gcs.Save", Kind: KindAlreadyExists, Module: testModule, Err: errExists}
+	for _, test := range []struct {
+		name     string
+		err      error
+		beside   string
+		resolved string // "" for the version that was asked for
+	}{
+		{"own", own, "", pseudoVersion},
+		{"own, beside another version", own, "beside", pseudoVersion},
+		{"wrapped", fmt.Errorf("stash: %w", fmt.Errorf("save: %w", own)), "", pseudoVersion},
+		{"joined", errors.Join(io.EOF, own), "", pseudoVersion},
+		{"two wrapped", fmt.Errorf("%w: %w", io.EOF, own), "", pseudoVersion},
+		{"of Athens", athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
+		{"of Athens, a pointer", &athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
+		{"of Athens, another kind outside", athensLike{"a", KindUnexpected, athensLike{"b", KindUnexpected, own}}, "", pseudoVersion},
+		{"of no version", nameless, "", ""},
+		{"of no version, beside one", nameless, pseudoVersion, pseudoVersion},
+	} {
+		for _, vers := range []string{"master", testVersion} {
+			t.Run(test.name+" of "+vers, func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					stasher := f.storage("a").SingleFlight(answering(test.beside, test.err))
+					saved, err := stasher.Stash(t.Context(), testModule, vers)
+					require.NoError(t, err)
+					want := test.resolved
+					if want == "" {
+						want = vers
+					}
+					require.Equal(t, want, saved)
+				})
+			})
+		}
+	}
+}
+
+// The whole way: two replicas are asked for a branch, and fetch it both.
+func TestSingleFlightResolves(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{takes: time.Second, resolve: map[string]string{"master": pseudoVersion}}
+		var group sync.WaitGroup
+		for _, r := range newFleet(f, o, 5) {
+			for range 3 {
+				group.Go(func() {
+					saved, err := r.Stash(t.Context(), testModule, "master")
+					require.NoError(t, err)
+					require.Equal(t, pseudoVersion, saved)
+				})
+			}
+		}
+		group.Wait()
+		require.Equal(t, 5, o.total())
+		requireComplete(t, f, testModule, pseudoVersion)
+	})
+}
+
+// Any other error is passed on as it is, with what came beside it.
+func TestSingleFlightErrors(t *testing.T) {
+	for name, want := range map[string]error{
+		"plain":              errors.New("git: not found"),
+		"own":                &Error{Kind: KindNotFound, Err: io.EOF},
+		"wrapped":            fmt.Errorf("fetch: %w", &Error{Kind: KindRateLimit}),
+		"of Athens":          &athensLike{"a", KindNotFound, io.EOF},
+		"of Athens, no ours": &athensLike{"a", KindAlreadyExists, io.EOF},
+		"of Athens, alone":   &athensLike{"a", KindAlreadyExists, nil},
+		"of another module":  fmt.Errorf("a: %w", &Error{Kind: KindAlreadyExists, Module: "other", Version: testVersion}),
+		"a failed repair":    &Error{Kind: KindUnexpected, Module: testModule, Err: &Error{Kind: KindAlreadyExists, Module: testModule}},
+		"cancelled":          context.Canceled,
+		"says so by words":   errors.New("409 already exists"),
+		"exists":             fs.ErrExist,
+	} {
+		for _, vers := range []string{"master", testVersion} {
+			t.Run(name+" of "+vers, func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					saved, err := f.storage("a").SingleFlight(answering("beside", want)).Stash(t.Context(), testModule, vers)
+					require.True(t, err == want, "%v", err)
+					require.Equal(t, "beside", saved)
+				})
+			})
+		}
+	}
+}
+
+// If next ends its goroutine, its callers wait for as long as they like. The claim
+// is given back, and who comes next flies anew.
+func TestSingleFlightNextExits(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		calls := 0
+		stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+			calls++
+			runtime.Goexit()
+			return "", nil
+		}))
+		for i, vers := range []string{"master", testVersion, testVersion} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			_, err := stasher.Stash(ctx, testModule, vers)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.Equal(t, i+1, calls)
+			require.Empty(t, locks(f))
+		}
+	})
+}
+
+// Another machine cannot know what a query resolves to: the bucket is not asked.
+func TestSingleFlightQueries(t *testing.T) {
+	for query, isOne := range map[string]bool{
+		"latest": true, "upgrade": true, "master": true, "v1": true, "v1.2": true, "feature/x": true, "0123456789ab": true,
+		"1.2.3": true, "v1.2.3.4": true, "v01.2.3": true, "": true, ">=v1.2.3": true,
+		"v1.2.3": false, "v1.2.3-rc.1": false, "v2.0.0+incompatible": false, "v1.2.3-pre+meta": false, pseudoVersion: false,
+	} {
+		t.Run(query, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				calls := 0
+				stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+					calls++
+					time.Sleep(time.Second)
+					return testVersion, nil
+				}))
+				var group sync.WaitGroup
+				for range 10 {
+					group.Go(func() {
+						saved, err := stasher.Stash(t.Context(), testModule, query)
+						require.NoError(t, err)
+						require.Equal(t, testVersion, saved)
+					})
+				}
+				group.Wait()
+				require.Equal(t, 1, calls)
+				if isOne {
+					require.Empty(t, f.Log())
+				} else {
+					require.NotEmpty(t, f.Log())
+				}
+			})
+		})
+	}
+}
+
+// A fleet of replicas that miss the same versions at the same moment fetches
+// each of them once.
+func TestSingleFlightFleet(t *testing.T) {
+	for _, versions := range []int{1, 4} {
+		for _, n := range []int{1, 2, 8, 32} {
+			t.Run(fmt.Sprintf("%d of %d", n, versions), func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					o := &origin{takes: 3 * time.Second}
+					start := time.Now()
+					var group sync.WaitGroup
+					for _, r := range newFleet(f, o, n) {
+						for v := range 2 * versions { // two callers of each
+							group.Go(func() {
+								vers := fmt.Sprintf("v1.0.%d", v%versions)
+								saved, err := r.Stash(t.Context(), testModule, vers)
+								require.NoError(t, err)
+								require.Equal(t, vers, saved)
+								requireComplete(t, f, testModule, vers)
+							})
+						}
+					}
+					group.Wait()
+					require.Less(t, time.Since(start), o.takes+lastPoll)
+					saves := 0
+					for _, r := range f.Log() {
+						if strings.HasSuffix(r.Object, ".zip") && r.Applied {
+							saves++
+						}
+					}
+					require.Equal(t, versions, saves)
+					require.Len(t, o.calls, versions)
+					require.Equal(t, versions, o.total())
+					t.Logf("%d requests, %.2f a replica, a version and a second", len(f.Log()),
+						float64(len(f.Log()))/float64(n*versions)/time.Since(start).Seconds())
+				})
+			})
+		}
+	}
+}
+
+// Replicas on slow lines, or that come one after another, or with wrong clocks
+// of moderate error, do not fetch twice either.
+func TestSingleFlightFleetLate(t *testing.T) {
+	for _, latency := range []time.Duration{time.Millisecond, 300 * time.Millisecond} {
+		for _, spread := range []time.Duration{10 * time.Millisecond, time.Second} {
+			t.Run(fmt.Sprint(latency, spread), func(t *testing.T) {
+				inFleet(t, func(t *testing.T, f *fakeGCS) {
+					f.SetLatency(latency)
+					o := &origin{takes: 3 * time.Second}
+					fleet := newFleet(f, o, 8)
+					for i, r := range fleet {
+						skew := time.Duration(i-4) * 3 * time.Second
+						r.s.now = func() time.Time { return time.Now().Add(skew) }
+					}
+					errs, _ := stashAll(t, fleet, spread)
+					requireNoErrors(t, errs)
+					require.Equal(t, 1, o.total())
+				})
+			})
+		}
+	}
+}
+
+// When the holder of the claim fails, its caller is told why. All others fetch at
+// once: they do not queue for what may exist nowhere.
+func TestSingleFlightHolderFails(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		fail func(call int) error
+		late time.Duration // the first fetch fails after so long
+	}{
+		{"once", func(call int) error {
+			if call == 1 {
+				return errGone
+			}
+			return nil
+		}, 0},
+		{"as all others do", func(int) error { return errGone }, 0},
+	} {
+		for _, n := range []int{2, 8, 32} {
+			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
+				t.Run(fmt.Sprint(test.name, n, latency), func(t *testing.T) {
+					inFleet(t, func(t *testing.T, f *fakeGCS) {
+						f.SetLatency(latency)
+						o := &origin{takes: 20 * time.Second, fail: test.fail}
+						errs, took := stashAll(t, newFleet(f, o, n), 0)
+						failed := 0
+						for _, err := range errs {
+							if err != nil {
+								require.True(t, err == errGone, "%v", err)
+								failed++
+							}
+						}
+						require.Equal(t, n, o.total())
+						require.Equal(t, n-1, o.most)
+						require.Less(t, took, 2*o.takes+lastPoll+10*latency)
+						if test.name == "once" {
+							require.Equal(t, 1, failed)
+							requireComplete(t, f, testModule, testVersion)
+						} else {
+							require.Equal(t, n, failed)
+							require.Empty(t, f.Names())
+						}
+						t.Logf("%d replicas: %v for fetches of %v", n, took, o.takes)
+					})
+				})
+			}
+		}
+	}
+}
+
+// Every caller gets the answer of a fetch, and no refusal of a claim, however many
+// others were quicker.
+func TestSingleFlightAllFailQuickly(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.SetLatency(500 * time.Millisecond) // so that many are refused at once
+		o := &origin{fail: func(int) error { return errGone }}
+		errs, _ := stashAll(t, newFleet(f, o, 24), 0)
+		for _, err := range errs {
+			require.True(t, err == errGone, "%v", err)
+		}
+		require.Equal(t, 24, o.total())
+	})
+}
+
+// A holder that dies in the middle of its fetch delays the others by a quarter of
+// the threshold. One of them claims the version then; when that one fails, the
+// others fetch at once.
+func TestSingleFlightHolderCrashes(t *testing.T) {
+	for _, n := range []int{2, 8, 32} {
+		for _, successorFails := range []bool{false, true} {
+			t.Run(fmt.Sprint(n, successorFails), func(t *testing.T) {
+				inCrowd(t, func(t *testing.T, f *fakeGCS) {
+					o := &origin{takes: 5 * time.Second}
+					fleet := newFleet(f, o, n)
+					ctx, cancel := context.WithCancel(t.Context())
+					var group sync.WaitGroup
+					group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
+					time.Sleep(time.Second)
+					fleet[0].Crash()
+					if successorFails {
+						o.fail = func(call int) error {
+							if call == 2 {
+								return errGone
+							}
+							return nil
+						}
+					}
+					errs, took := stashAll(t, fleet[1:], 0)
+					t.Logf("%d replicas, of which the holder crashed: %d fetches, done after %v", n, o.total(), took)
+					require.Greater(t, took, claimStale-2*time.Second)
+					if !successorFails {
+						requireNoErrors(t, errs)
+						require.Equal(t, 2, o.total()) // of the dead one and of one more
+						require.Less(t, took, claimStale+o.takes+lastPoll)
+					} else {
+						require.ErrorIs(t, errors.Join(errs...), errGone)
+						require.Equal(t, n, o.total())
+						require.Less(t, took, claimStale+2*(o.takes+lastPoll))
+					}
+					if n > 2 || !successorFails {
+						requireComplete(t, f, testModule, testVersion)
+					}
+					require.Empty(t, locks(f))
+					cancel()
+					group.Wait()
+				})
+			})
+		}
+	}
+}
+
+// A fetch that takes longer than the threshold keeps its claim.
+func TestSingleFlightSlowHolder(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.EnforceRates(true)
+		o := &origin{takes: 10 * time.Minute}
+		errs, _ := stashAll(t, newFleet(f, o, 2), 0)
+		requireNoErrors(t, errs)
+		require.Equal(t, 1, o.total())
+		require.InDelta(t, o.takes/(claimStale/renewals), renewed(t, f), 1)
+	})
+}
+
+// renewed returns how often a claim was renewed, and checks that it was not too
+// often for GCS.
+func renewed(t *testing.T, f *fakeGCS) (n int) {
+	for _, r := range f.Log() {
+		require.NotEqual(t, 429, r.Status)
+		if r.Op == "patch" && r.Object == objectName(extLock) && r.Applied {
+			n++
+		}
+	}
+	return n
+}
+
+// However short the threshold is, a claim is not renewed more than once a second.
+func TestSingleFlightRenewsOnceASecond(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.EnforceRates(true)
+		o := &origin{takes: 10 * time.Second}
+		_, err := newReplica(f, o, "a", WithStaleThreshold(8*time.Second)).Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.InDelta(t, 10, renewed(t, f), 1)
+	})
+}
+
+// A flight waits for 15 minutes, and no longer. It leaves the holder alone.
+func TestSingleFlightWaitIsBounded(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{takes: 20 * time.Minute}
+		fleet := newFleet(f, o, 2)
+		var group sync.WaitGroup
+		group.Go(func() {
+			_, err := fleet[0].Stash(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+		})
+		time.Sleep(time.Second)
+		start := time.Now()
+		_, err := fleet[1].Stash(t.Context(), testModule, testVersion)
+		requireError(t, err, KindGatewayTimeout, "gcs.Stash", testModule, testVersion)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Equal(t, 15*time.Minute, time.Since(start))
+		require.Len(t, locks(f), 1)
+		group.Wait()
+		require.Equal(t, 1, o.total())
+		requireComplete(t, f, testModule, testVersion)
+	})
+}
+
+// A holder that was thought dead goes on, and does no harm to its successor.
+func TestSingleFlightSleeperWakes(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{takes: 5 * time.Minute}
+		fleet := newFleet(f, o, 2)
+		var group sync.WaitGroup
+		for i, r := range fleet {
+			group.Go(func() {
+				time.Sleep(time.Duration(i) * time.Second)
+				saved, err := r.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, testVersion, saved)
+			})
+		}
+		time.Sleep(2 * time.Second)
+		fleet[0].Pause()
+		time.Sleep(4 * time.Minute)
+		holder := f.Get(objectName(extLock))
+		fleet[0].Resume()
+		time.Sleep(75 * time.Second) // the first is done
+		requireComplete(t, f, testModule, testVersion)
+		now := f.Get(objectName(extLock))
+		require.NotNil(t, now)
+		require.Equal(t, holder.Generation, now.Generation)
+		group.Wait()
+		require.Equal(t, 2, o.total())
+	})
+}
+
+// A claim that nobody renews any more is taken over, at once if it is stale, and
+// one that cannot be read, or is from the future, when GCS says it is.
+func TestSingleFlightStaleClaim(t *testing.T) {
+	for name, test := range map[string]struct {
+		metadata func() map[string]string // by the clock of the bubble
+		waits    bool
+	}{
+		"stale":     {func() map[string]string { return marked(time.Now().Add(-claimStale), "dead") }, false},
+		"given up":  {func() map[string]string { return marked(givenUp, "dead") }, false},
+		"no marker": {func() map[string]string { return nil }, false},
+		"garbage":   {func() map[string]string { return map[string]string{keyInProgress: "soon"} }, true},
+		"2099":      {func() map[string]string { return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "dead") }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				f.Put(objectName(extLock), nil, test.metadata())
+				time.Sleep(2 * time.Second)
+				o := &origin{}
+				start := time.Now()
+				_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.Equal(t, 1, o.total())
+				if test.waits {
+					require.InDelta(t, claimStale.Seconds(), time.Since(start).Seconds(), 5)
+				} else {
+					require.Less(t, time.Since(start), time.Second)
+				}
+				requireComplete(t, f, testModule, testVersion)
+			})
+		})
+	}
+}
+
+// A claim is no part of a version, to whomever. Scan shows it.
+func TestClaimIsInvisible(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		s := f.storage("a")
+		fresh := func(v version) { f.Put(v.object(extLock), nil, marked(time.Now(), "other")) }
+		fresh(version{testModule, "v0.9.0"}) // a version that is being fetched
+		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+		fresh(version{testModule, testVersion})
+		fresh(version{"another.org/mod", "v1.0.0"})
+
+		var seen []VersionStatus
+		for status, err := range s.Scan(t.Context(), "another.org/mod") {
+			require.NoError(t, err)
+			require.WithinDuration(t, time.Now(), status.Claimed, time.Second)
+			status.Claimed = time.Time{}
+			seen = append(seen, status)
+		}
+		require.Equal(t, []VersionStatus{{ModuleVersion: ModuleVersion{"another.org/mod", "v1.0.0"}, State: Absent,
+			Missing: []string{extInfo, extMod, extZip}}}, seen)
+
+		list, err := s.List(t.Context(), testModule)
+		require.NoError(t, err)
+		require.Equal(t, []string{testVersion}, list)
+		list, err = s.List(t.Context(), "another.org/mod")
+		require.NoError(t, err)
+		require.Empty(t, list)
+		page, next, err := s.Catalog(t.Context(), "", 0)
+		require.NoError(t, err)
+		require.Equal(t, []ModuleVersion{{testModule, testVersion}}, page)
+		require.Empty(t, next)
+		for vers, want := range map[string]bool{testVersion: true, "v0.9.0": false} {
+			ok, err := s.Exists(t.Context(), testModule, vers)
+			require.NoError(t, err)
+			require.Equal(t, want, ok)
+		}
+		require.True(t, Is(s.Delete(t.Context(), testModule, "v0.9.0"), KindNotFound))
+		require.True(t, Is(stashSave(t.Context(), s, testModule, testVersion), KindAlreadyExists))
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		require.True(t, Is(s.Delete(t.Context(), testModule, testVersion), KindNotFound))
+		start := time.Now()
+		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+		require.Less(t, time.Since(start), time.Second)
+		require.Len(t, locks(f), 3) // fresh ones are not touched
+	})
+}
+
+// The next flight that finds the version complete removes a stale claim, and so
+// does Repair. Nothing else does. A fresh one stays.
+func TestStaleClaimIsRemoved(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		call    func(ctx context.Context, s *Storage) error
+		removes bool
+	}{
+		{"single flight", func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", errGone)).Stash(ctx, testModule, testVersion)
+			return err
+		}, true},
+		{"Repair", func(ctx context.Context, s *Storage) error {
+			state, err := s.Repair(ctx, testModule, testVersion)
+			if err == nil && state != Complete {
+				return errors.New(state.String())
+			}
+			return err
+		}, true},
+		{"Save", func(ctx context.Context, s *Storage) error {
+			err := stashSave(ctx, s, testModule, testVersion)
+			if Is(err, KindAlreadyExists) {
+				return nil
+			}
+			return err
+		}, false},
+		{"Exists", func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, false},
+		{"Info", func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		}, false},
+		{"List", func(ctx context.Context, s *Storage) error {
+			_, err := s.List(ctx, testModule)
+			return err
+		}, false},
+	} {
+		for _, age := range []time.Duration{0, claimStale - time.Second, claimStale} {
+			for _, denied := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s after %v denied %v", test.name, age, denied), func(t *testing.T) {
+					inCrowd(t, func(t *testing.T, f *fakeGCS) {
+						log := &syncedLog{}
+						s := f.storage("a", log.option())
+						require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+						f.Put(objectName(extLock), nil, marked(time.Now(), "other"))
+						time.Sleep(age)
+						if denied {
+							f.Deny("storage.objects.delete")
+						}
+						removes := test.removes && age == claimStale
+						err := test.call(t.Context(), s)
+						if denied && removes && test.name == "Repair" {
+							require.ErrorContains(t, err, "storage.objects.delete")
+						} else {
+							require.NoError(t, err)
+						}
+						require.Equal(t, !removes || denied, f.Get(objectName(extLock)) != nil)
+						require.Empty(t, log.String())
+						requireComplete(t, f, testModule, testVersion)
+					})
+				})
+			}
+		}
+	}
+}
+
+// Repair removes a stale claim of a version of which nothing else is there, and
+// leaves a fresh one alone.
+func TestRepairRemovesLoneClaim(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extLock), nil, marked(time.Now(), "other"))
+		for _, left := range []int{1, 0} {
+			state, err := f.storage("a").Repair(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.Equal(t, Absent, state)
+			require.Len(t, locks(f), left)
+			time.Sleep(claimStale)
+		}
+	})
+}
+
+// Where objects may not be deleted, each machine fetches for itself, says so
+// once, and delays nobody.
+func TestSingleFlightNoDelete(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Deny("storage.objects.delete")
+		o := &origin{takes: 5 * time.Second}
+		logs := make([]*syncedLog, 4)
+		fleet := make([]replica, len(logs))
+		for i := range fleet {
+			logs[i] = &syncedLog{}
+			fleet[i] = newReplica(f, o, fmt.Sprint(i), logs[i].option())
+		}
+		start := time.Now()
+		var group sync.WaitGroup
+		for _, r := range fleet {
+			for range 3 {
+				group.Go(func() {
+					_, err := r.Stash(t.Context(), testModule, testVersion)
+					require.NoError(t, err)
+				})
+			}
+		}
+		group.Wait()
+		require.LessOrEqual(t, o.total(), len(fleet))
+		require.Less(t, time.Since(start), 2*o.takes)
+		for i, r := range fleet { // each has to find out for itself
+			vers := fmt.Sprintf("v1.1.%d", i)
+			start := time.Now()
+			_, err := r.Stash(t.Context(), testModule, vers)
+			require.NoError(t, err)
+			require.Equal(t, 1, o.calls[vers])
+			require.Less(t, time.Since(start), 2*o.takes)
+			lines := logs[i].lines(slog.LevelWarn)
+			require.Len(t, lines, 1)
+			require.Contains(t, lines[0], "storage.objects.delete")
+			f.ResetLog()
+			_, err = r.Stash(t.Context(), testModule, "v1.2"+vers[4:])
+			require.NoError(t, err)
+			for _, r := range f.Log() { // and then tries no more
+				require.NotContains(t, r.Object, ".lock")
+			}
+			require.Len(t, logs[i].lines(slog.LevelWarn), 1)
+		}
+	})
+}
+
+// The lock that one without the permission leaves behind is in nobody's way.
+func TestSingleFlightNoDeleteGivesUp(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		o := &origin{takes: time.Second, fail: func(call int) error {
+			if call == 1 {
+				return io.EOF
+			}
+			return nil
+		}}
+		f.Deny("storage.objects.delete")
+		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+		require.True(t, err == io.EOF)
+		require.Len(t, locks(f), 1)
+		f.Allow("storage.objects.delete") // to others
+		start := time.Now()
+		_, err = newReplica(f, o, "b").Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Less(t, time.Since(start), 2*time.Second)
+		require.Empty(t, locks(f))
+	})
+}
+
+// In a bucket that lets nobody create an object, next decides.
+func TestSingleFlightNoCreate(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		f.Deny("storage.objects.create")
+		s := f.storage("a", log.option())
+		var calls atomic.Int32
+		stasher := s.SingleFlight(stashFunc(func(_ context.Context, _, vers string) (string, error) {
+			calls.Add(1)
+			return vers, nil
+		}))
+		for range 2 {
+			var group sync.WaitGroup
+			for i := range 3 { // which find it out at the same time
+				group.Go(func() {
+					vers := fmt.Sprintf("v1.0.%d", i)
+					saved, err := stasher.Stash(t.Context(), testModule, vers)
+					require.NoError(t, err)
+					require.Equal(t, vers, saved)
+				})
+			}
+			group.Wait()
+		}
+		require.EqualValues(t, 6, calls.Load())
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "storage.objects.create")
+	})
+}
+
+// A retention policy keeps locks as it keeps everything. Versions are fetched
+// and stored all the same, and nobody is delayed.
+func TestSingleFlightRetention(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Retain(true)
+		o := &origin{takes: time.Second}
+		start := time.Now()
+		for _, r := range newFleet(f, o, 3) {
+			for i := range 3 {
+				_, err := r.Stash(t.Context(), testModule, fmt.Sprintf("v1.0.%d", i))
+				require.NoError(t, err)
+			}
+		}
+		require.Less(t, time.Since(start), 10*time.Second)
+		require.Equal(t, 3, o.total())
+	})
+}
+
+// A bucket that cannot be listed tells nothing of the version, and the error is
+// not next's.
+func TestSingleFlightNoList(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.Deny("storage.objects.list")
+		o := &origin{}
+		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorContains(t, err, "storage.objects.list")
+		require.Zero(t, o.total())
+	})
+}
+
+// Whatever befalls one request of one replica, also if its caller leaves, the
+// version is fetched once and no claim remains.
+func TestSingleFlightFaults(t *testing.T) {
+	const threshold = 80 * time.Second
+	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.Hung, fakegcs.HungApplied} {
+		for _, leaves := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v leaves %v", fault, leaves), func(t *testing.T) {
+				for n, met := 0, true; met; n++ {
+					met = false
+					inFleet(t, func(t *testing.T, f *fakeGCS) {
+						o := &origin{takes: threshold/claimFraction/renewals + time.Second} // with one renewal
+						ctx, cancel := context.WithCancel(t.Context())
+						defer cancel()
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							if r.Machine != "0" || r.MachineN != n {
+								return fakegcs.NoFault
+							}
+							met = true
+							if leaves {
+								time.AfterFunc(time.Second, cancel)
+							}
+							return fault
+						})
+						start := time.Now()
+						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
+						var group sync.WaitGroup
+						group.Go(func() {
+							saved, err := fleet[0].Stash(ctx, testModule, testVersion)
+							if err == nil {
+								require.Equal(t, testVersion, saved, "at request %d", n)
+							} else {
+								require.True(t, leaves, "%v at request %d", err, n)
+								require.ErrorIs(t, err, context.Canceled, "at request %d", n)
+							}
+						})
+						time.Sleep(time.Millisecond)
+						saved, err := fleet[1].Stash(t.Context(), testModule, testVersion)
+						require.NoError(t, err, "at request %d", n)
+						require.Equal(t, testVersion, saved)
+						group.Wait()
+						require.Less(t, time.Since(start), o.takes+20*time.Second, "at request %d", n)
+						requireComplete(t, f, testModule, testVersion)
+						time.Sleep(releaseTimeout) // a flight without callers ends
+						require.Equal(t, 1, o.total(), "at request %d", n)
+					})
+					require.True(t, met || n > 8)
+				}
+			})
+		}
+	}
+}
+
+// A crash before or after each request: the others proceed when the claim, or the
+// marker of the save that was under way, is stale. A claim that is left beside a
+// version that is stored is removed by the next flight, or by Repair.
+func TestSingleFlightCrashes(t *testing.T) {
+	const threshold = 20 * time.Second
+	for _, fault := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
+		for _, repair := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v repair %v", fault, repair), func(t *testing.T) {
+				stayed := 0
+				for n, met := 0, true; met; n++ {
+					met = false
+					inCrowd(t, func(t *testing.T, f *fakeGCS) {
+						o := &origin{takes: threshold/claimFraction/renewals + time.Second}
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							if r.Machine == "0" && r.MachineN == n {
+								met = true
+								return fault
+							}
+							return fakegcs.NoFault
+						})
+						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
+						ctx, cancel := context.WithCancel(t.Context())
+						var group sync.WaitGroup
+						group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
+						time.Sleep(time.Second)
+						start := time.Now()
+						stash := func() {
+							saved, err := fleet[1].Stash(t.Context(), testModule, testVersion)
+							require.NoError(t, err, "at request %d", n)
+							require.Equal(t, testVersion, saved)
+						}
+						stash()
+						require.LessOrEqual(t, o.total(), 2)
+						limit := o.takes
+						if met { // by now, or later
+							limit += threshold + o.takes
+						}
+						require.Less(t, time.Since(start), limit+5*time.Second, "at request %d", n)
+						requireComplete(t, f, testModule, testVersion)
+						stayed += len(locks(f))
+						time.Sleep(threshold / claimFraction)
+						if repair {
+							state, err := fleet[1].s.Repair(t.Context(), testModule, testVersion)
+							require.NoError(t, err)
+							require.Equal(t, Complete, state)
+						} else {
+							stash()
+						}
+						require.Empty(t, locks(f), "at request %d", n)
+						cancel()
+						group.Wait()
+						time.Sleep(time.Minute)
+					})
+				}
+				require.Positive(t, stayed)
+			})
+		}
+	}
+}
+
+// A claim that cannot be given back delays the others by the threshold, and the
+// log says so; the caller has its answer.
+func TestSingleFlightClaimStays(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		o := &origin{}
+		f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return r.Op == "delete" })
+		start := time.Now()
+		_, err := newReplica(f, o, "a", log.option()).Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Less(t, time.Since(start), releaseTimeout+time.Second)
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "could not delete a claim")
+		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		f.onRequest(nil)
+		_, err = newReplica(f, o, "b").Stash(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Equal(t, 1, o.total())
+		require.Len(t, locks(f), 1)
+	})
+}
+
+// What a stash costs, in requests beside those of the Save that next makes.
+func TestSingleFlightCost(t *testing.T) {
+	for _, test := range []struct {
+		name                  string
+		vers                  string
+		prepare               func(f *fakeGCS, s *Storage)
+		before, after, serial int
+	}{
+		{"new version", testVersion, func(*fakeGCS, *Storage) {}, 3, 1, 4 + 3},
+		{"complete version", testVersion, func(f *fakeGCS, s *Storage) {
+			stashSave(context.Background(), s, testModule, testVersion)
+		}, 1, 0, 1},
+		{"complete version beside a stale claim", testVersion, func(f *fakeGCS, s *Storage) {
+			stashSave(context.Background(), s, testModule, testVersion)
+			f.Put(objectName(extLock), nil, marked(givenUp, "dead"))
+		}, 2, 0, 2},
+		{"query", "master", func(*fakeGCS, *Storage) {}, 0, 0, 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inFleet(t, func(t *testing.T, f *fakeGCS) {
+				o := &origin{resolve: map[string]string{"master": pseudoVersion}}
+				s := f.storage("a")
+				test.prepare(f, s)
+				var before, after int
+				next := o.stasher(s)
+				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
+					before = len(f.Log())
+					saved, err := next.Stash(ctx, module, vers)
+					after = len(f.Log())
+					return saved, err
+				}))
+				f.ResetLog()
+				_, err := stasher.Stash(t.Context(), testModule, test.vers)
+				require.NoError(t, err)
+				log := f.Log()
+				if o.total() == 0 {
+					before, after = len(log), len(log)
+				}
+				t.Logf("%s: %d requests before next, %d of its Save, %d after it; %d one after another",
+					test.name, before, after-before, len(log)-after, fakegcs.SerialTrips(log))
+				require.Equal(t, test.before, before)
+				require.Equal(t, test.after, len(log)-after)
+				require.Equal(t, test.serial, fakegcs.SerialTrips(log))
+			})
+		})
+	}
+}

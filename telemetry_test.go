@@ -1,0 +1,615 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// watcher is what an operator would look at.
+type watcher struct {
+	t      *testing.T
+	traces *tracetest.InMemoryExporter
+	reader *metric.ManualReader
+}
+
+// watch sets OpenTelemetry's global providers until the test ends. A Storage is
+// seen if it is made after that.
+func watch(t *testing.T) watcher {
+	w := watcher{t, tracetest.NewInMemoryExporter(), metric.NewManualReader()}
+	tracers := sdktrace.NewTracerProvider(sdktrace.WithSyncer(w.traces))
+	meters := metric.NewMeterProvider(metric.WithReader(w.reader))
+	oldTracers, oldMeters := otel.GetTracerProvider(), otel.GetMeterProvider()
+	otel.SetTracerProvider(tracers)
+	otel.SetMeterProvider(meters)
+	t.Cleanup(func() {
+		otel.SetTracerProvider(oldTracers)
+		otel.SetMeterProvider(oldMeters)
+		tracers.Shutdown(context.Background())
+		meters.Shutdown(context.Background())
+	})
+	return w
+}
+
+// spans returns those of this package that have ended since it was last called.
+func (w watcher) spans() (spans tracetest.SpanStubs) {
+	for _, span := range w.traces.GetSpans() {
+		if span.InstrumentationScope.Name == scope {
+			spans = append(spans, span)
+		}
+	}
+	w.traces.Reset()
+	return spans
+}
+
+// measure returns a counter's sum for each outcome, "" for none; of a histogram,
+// that of the values, and their number as "count".
+func (w watcher) measure(name, unit string) map[string]float64 {
+	w.t.Helper()
+	var all metricdata.ResourceMetrics
+	require.NoError(w.t, w.reader.Collect(context.Background(), &all))
+	sums := map[string]float64{}
+	for _, s := range all.ScopeMetrics {
+		for _, m := range s.Metrics {
+			if s.Scope.Name != scope || m.Name != name {
+				continue
+			}
+			require.Equal(w.t, unit, m.Unit)
+			require.NotEmpty(w.t, m.Description)
+			switch data := m.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, p := range data.DataPoints {
+					require.True(w.t, data.IsMonotonic)
+					outcome, _ := p.Attributes.Value("outcome")
+					sums[outcome.AsString()] += float64(p.Value)
+				}
+			case metricdata.Histogram[float64]:
+				for _, p := range data.DataPoints {
+					sums[""] += p.Sum
+					sums["count"] += float64(p.Count)
+				}
+			}
+		}
+	}
+	return sums
+}
+
+func (w watcher) saves() map[string]float64 { return w.measure("gcs.saves", "{save}") }
+
+// waits returns for how many seconds was waited, by how many calls.
+func (w watcher) waits() (seconds, calls float64) {
+	sums := w.measure("gcs.waits", "s")
+	return sums[""], sums["count"]
+}
+
+func (w watcher) takeovers() float64 { return w.measure("gcs.takeovers", "{takeover}")[""] }
+
+func (w watcher) renewalsFailed() float64 { return w.measure("gcs.renewals.failed", "{renewal}")[""] }
+
+func TestSpans(t *testing.T) {
+	broken := errors.New("broken")
+	stored := func(t *testing.T, f *fakeGCS, s *Storage) {
+		require.NoError(t, contentOf("other", 100).save(t.Context(), s))
+	}
+	for _, test := range []struct {
+		name    string
+		prepare func(t *testing.T, f *fakeGCS, s *Storage)
+		call    func(ctx context.Context, s *Storage) error
+		span    string
+		on      version
+		outcome string
+		err     error // that must be recorded
+	}{
+		{"a new version", nil, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "stored", nil},
+		{"one that exists", stored, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "existed", nil},
+		{"over a part", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, nil, extMod)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		{"over leftovers without a .mod", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, nil, extInfo)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		{"an unfinished one", func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+		}, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, "gcs.Save", version{testModule, testVersion}, "finished another's", nil},
+		{"a zip that breaks off", nil, func(ctx context.Context, s *Storage) error {
+			return s.Save(ctx, testModule, testVersion, nil, failingReader{broken}, nil, nil)
+		}, "gcs.Save", version{testModule, testVersion}, "failed", broken},
+		{"no zip", nil, func(ctx context.Context, s *Storage) error {
+			return s.Save(ctx, testModule, testVersion, nil, nil, nil, nil)
+		}, "gcs.Save", version{testModule, testVersion}, "failed", errors.New("nil")},
+		{"exists", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "ok", nil},
+		{"exists without permission", func(t *testing.T, f *fakeGCS, s *Storage) {
+			f.Deny("storage.objects.list")
+		}, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "failed", errors.New("storage.objects.list")},
+		{"info", stored, func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Info", version{testModule, testVersion}, "ok", nil},
+		{"no info", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Info", version{testModule, testVersion}, "not found", nil},
+		{"go.mod", stored, func(ctx context.Context, s *Storage) error {
+			_, err := s.GoMod(ctx, testModule, testVersion)
+			return err
+		}, "gcs.GoMod", version{testModule, testVersion}, "ok", nil},
+		{"zip", stored, func(ctx context.Context, s *Storage) error {
+			zip, err := s.Zip(ctx, testModule, testVersion)
+			if err == nil {
+				zip.Close()
+			}
+			return err
+		}, "gcs.Zip", version{testModule, testVersion}, "ok", nil},
+		{"no zip", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.Zip(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Zip", version{testModule, testVersion}, "not found", nil},
+		{"list", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.List(ctx, testModule)
+			return err
+		}, "gcs.List", version{testModule, ""}, "ok", nil},
+		{"list nothing", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.List(ctx, "a//b")
+			return err
+		}, "gcs.List", version{"a//b", ""}, "failed", errors.New("empty element")},
+		{"catalog", nil, func(ctx context.Context, s *Storage) error {
+			_, _, err := s.Catalog(ctx, "", 0)
+			return err
+		}, "gcs.Catalog", version{}, "ok", nil},
+		{"delete", stored, func(ctx context.Context, s *Storage) error {
+			return s.Delete(ctx, testModule, testVersion)
+		}, "gcs.Delete", version{testModule, testVersion}, "ok", nil},
+		{"delete nothing", nil, func(ctx context.Context, s *Storage) error {
+			return s.Delete(ctx, testModule, testVersion)
+		}, "gcs.Delete", version{testModule, testVersion}, "not found", nil},
+		{"a context that has ended", nil, func(ctx context.Context, s *Storage) error {
+			ctx, cancel := context.WithCancel(ctx)
+			cancel()
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Exists", version{testModule, testVersion}, "failed", context.Canceled},
+		{"stash", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", nil)).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "ok", nil},
+		{"stash of what another has saved", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", &Error{Kind: KindAlreadyExists, Module: testModule})).Stash(ctx, testModule, "master")
+			return err
+		}, "gcs.Stash", version{testModule, "master"}, "ok", nil},
+		{"stash that fails", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", broken)).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "failed", broken},
+		{"stash of what there is not", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", &Error{Kind: KindNotFound, Err: broken})).Stash(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Stash", version{testModule, testVersion}, "not found", nil},
+		{"stash of what the file system has not", nil, func(ctx context.Context, s *Storage) error {
+			_, err := s.SingleFlight(answering("", errGone)).Stash(ctx, testModule, "master")
+			return err
+		}, "gcs.Stash", version{testModule, "master"}, "not found", nil},
+		{"scan", stored, func(ctx context.Context, s *Storage) error {
+			for _, err := range s.Scan(ctx, testModule) {
+				return err
+			}
+			return nil
+		}, "gcs.Scan", version{testModule, ""}, "ok", nil},
+		{"repair", stored, func(ctx context.Context, s *Storage) error {
+			_, err := s.Repair(ctx, testModule, testVersion)
+			return err
+		}, "gcs.Repair", version{testModule, testVersion}, "ok", nil},
+		{"check", nil, func(ctx context.Context, s *Storage) error { return s.Check(ctx) }, "gcs.Check", version{}, "ok", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				w := watch(t)
+				s := f.storage("a")
+				if test.prepare != nil {
+					test.prepare(t, f, s)
+					w.spans()
+				}
+				ctx, parent := otel.Tracer("test").Start(t.Context(), "request")
+				start := time.Now()
+				err := test.call(ctx, s)
+				took := time.Since(start)
+				parent.End()
+
+				spans := w.spans()
+				require.Len(t, spans, 1)
+				span := spans[0]
+				require.Equal(t, test.span, span.Name)
+				require.Equal(t, trace.SpanKindClient, span.SpanKind)
+				require.Equal(t, parent.SpanContext().SpanID(), span.Parent.SpanID())
+				require.Equal(t, took, span.EndTime.Sub(span.StartTime))
+				require.ElementsMatch(t, []attribute.KeyValue{
+					attribute.String("module", test.on.module),
+					attribute.String("version", test.on.version),
+					attribute.String("outcome", test.outcome),
+				}, span.Attributes)
+				if test.err == nil {
+					require.Equal(t, codes.Unset, span.Status.Code)
+					require.Empty(t, span.Events)
+					return
+				}
+				require.ErrorContains(t, err, test.err.Error())
+				require.Equal(t, sdktrace.Status{Code: codes.Error, Description: err.Error()}, span.Status)
+				require.Len(t, span.Events, 1)
+				require.Equal(t, "exception", span.Events[0].Name)
+				require.Contains(t, span.Events[0].Attributes, attribute.String("exception.message", err.Error()))
+			})
+		})
+	}
+}
+
+type failingReader struct{ err error }
+
+func (r failingReader) Read([]byte) (int, error) { return 0, r.err }
+
+// Each caller has a span, and what the first of them caused is below its own.
+func TestSpansOfSharedStash(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a := newReplica(f, &origin{takes: time.Second}, "a")
+		var group sync.WaitGroup
+		for range 3 {
+			group.Go(func() {
+				_, err := a.Stash(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+			})
+		}
+		group.Wait()
+		var stashes []trace.SpanID
+		var save []tracetest.SpanStub
+		for _, span := range w.spans() {
+			if span.Name == "gcs.Stash" {
+				stashes = append(stashes, span.SpanContext.SpanID())
+			} else {
+				save = append(save, span)
+			}
+		}
+		require.Len(t, stashes, 3)
+		require.Len(t, save, 1)
+		require.Equal(t, "gcs.Save", save[0].Name)
+		require.Contains(t, stashes, save[0].Parent.SpanID())
+	})
+}
+
+func TestSavesByOutcome(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		s := f.storage("a")
+		require.Empty(t, w.saves())
+		a := contentOf("a", 100)
+		want := map[string]float64{}
+		for range 3 {
+			require.NoError(t, a.save(t.Context(), s))
+			want[outcomeStored]++
+			require.Equal(t, want, w.saves())
+
+			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
+			want[outcomeExisted]++
+			require.Equal(t, want, w.saves())
+
+			f.Remove(objectName(extZip))
+			require.NoError(t, a.save(t.Context(), s))
+			want[outcomeTookOver]++
+			require.Equal(t, want, w.saves())
+
+			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
+			want[outcomeFinished]++
+			require.Equal(t, want, w.saves())
+
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+			requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
+			want[outcomeFailed]++
+			require.Error(t, s.Save(t.Context(), "", "", nil, nil, nil, nil))
+			want[outcomeFailed]++
+			require.Equal(t, want, w.saves())
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		}
+		require.Equal(t, []string{"stored", "existed", "took over", "finished another's", "failed"},
+			[]string{outcomeStored, outcomeExisted, outcomeTookOver, outcomeFinished, outcomeFailed})
+	})
+}
+
+// The time that a save, and a stash, waits for another is measured, and no other.
+func TestWaits(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a := contentOf("a", 100)
+		s := f.storage("a")
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(a.zip))
+			require.NoError(t, a.saveFrom(t.Context(), s, zip))
+		})
+		time.Sleep(time.Second)
+		requireKind(t, a.save(t.Context(), f.storage("b")), KindAlreadyExists)
+		group.Wait()
+		once, calls := w.waits()
+		require.InDelta(t, 19, once, 2)
+		require.EqualValues(t, 1, calls)
+
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		errs, _ := stashAll(t, newFleet(f, &origin{takes: 20 * time.Second}, 3), 0) // two of which wait
+		requireNoErrors(t, errs)
+		all, calls := w.waits()
+		require.InDelta(t, 40, all-once, 5)
+		require.EqualValues(t, 3, calls)
+		require.Zero(t, w.renewalsFailed())
+		require.Zero(t, w.takeovers())
+	})
+}
+
+// Who waits for longer than 5 seconds says so once. Who takes over says so if the
+// holder has crashed, and is counted. A holder that gave up is no reason to.
+func TestWaitsAndTakeoversAreLogged(t *testing.T) {
+	save := func(ctx context.Context, s *Storage) error { return stashSave(ctx, s, testModule, testVersion) }
+	stash := func(ctx context.Context, s *Storage) error {
+		_, err := s.SingleFlight((&origin{}).stasher(s)).Stash(ctx, testModule, testVersion)
+		return err
+	}
+	for _, test := range []struct {
+		name, what, ext string
+		call            func(ctx context.Context, s *Storage) error
+		threshold       time.Duration
+	}{
+		{"save", "save", extMod, save, DefaultStaleThreshold},
+		{"stash behind a save", "save", extMod, stash, DefaultStaleThreshold},
+		{"stash behind a fetch", "fetch", extLock, stash, claimStale},
+	} {
+		for _, left := range []struct {
+			name   string
+			waits  bool
+			warns  bool
+			marker func(now time.Time) map[string]string
+		}{
+			{"fresh", true, true, func(now time.Time) map[string]string { return marked(now, "dead") }},
+			{"nearly stale", false, true, func(now time.Time) map[string]string {
+				return marked(now.Add(4*time.Second-test.threshold), "dead")
+			}},
+			{"stale", false, true, func(now time.Time) map[string]string { return marked(now.Add(-time.Hour), "dead") }},
+			{"given up", false, false, func(time.Time) map[string]string { return marked(givenUp, "dead") }},
+		} {
+			t.Run(test.name+" "+left.name, func(t *testing.T) {
+				inCrowd(t, func(t *testing.T, f *fakeGCS) {
+					w := watch(t)
+					start := time.Now()
+					f.Put(objectName(test.ext), nil, left.marker(start))
+					time.Sleep(time.Second)
+					log := &syncedLog{}
+					require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
+					var waiting []string
+					for _, line := range log.lines(slog.LevelInfo) {
+						if strings.Contains(line, "waiting") {
+							waiting = append(waiting, line)
+						}
+					}
+					if left.waits {
+						require.Len(t, waiting, 1)
+						stamp := func(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05") }
+						require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`" module=`+testModule+" version="+testVersion)
+						require.Contains(t, waiting[0], " since="+stamp(start.Add(time.Second)))
+						require.Contains(t, waiting[0], " renewed="+stamp(start))
+						require.Contains(t, waiting[0], " until="+stamp(start.Add(test.threshold)))
+					} else {
+						require.Empty(t, waiting)
+					}
+					if !left.warns {
+						require.Empty(t, log.lines(slog.LevelWarn))
+						require.Zero(t, w.takeovers())
+						return
+					}
+					require.Len(t, log.lines(slog.LevelWarn), 1)
+					require.Contains(t, log.lines(slog.LevelWarn)[0],
+						`msg="took over from a `+test.what+` that stopped renewing its marker" module=`+testModule+" version="+testVersion+" age=")
+					require.EqualValues(t, 1, w.takeovers())
+				})
+			})
+		}
+	}
+}
+
+func TestRenewalsFailed(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fault fakegcs.Fault
+		first int // so many requests, of a save that renews after 30, 60 and 90 seconds
+		want  float64
+	}{
+		{"none", fakegcs.NoFault, 0, 0},
+		{"all", fakegcs.Unavailable, 1000, 3},
+		{"all hung", fakegcs.Hung, 1000, 3},
+		{"one hung", fakegcs.Hung, 1, 1},
+		{"one, for a moment", fakegcs.Unavailable, 1, 0}, // it is made again
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				w := watch(t)
+				start, patches := time.Now(), 0
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Op == "patch" && time.Since(start) < 100*time.Second {
+						if patches++; patches <= test.first {
+							return test.fault
+						}
+					}
+					return fakegcs.NoFault
+				})
+				a := contentOf("a", 100)
+				zip := io.MultiReader(sleepReader(110*time.Second), bytes.NewReader(a.zip))
+				require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+				requireStored(t, f, a)
+				require.Equal(t, test.want, w.renewalsFailed())
+			})
+		})
+	}
+}
+
+// A renewal that comes too late because the version was taken over has not
+// failed: the holder is fenced, and the log says so.
+func TestFencedIsLogged(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		w := watch(t)
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		log := &syncedLog{}
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(time.Minute), bytes.NewReader(a.zip))
+			requireKind(t, a.saveFrom(t.Context(), f.storage("a", log.option()), zip), KindAlreadyExists)
+		})
+		time.Sleep(time.Second)
+		fast := f.storage("b")
+		fast.now = func() time.Time { return time.Now().Add(time.Hour) }
+		require.NoError(t, b.save(t.Context(), fast))
+		group.Wait()
+		requireStored(t, f, b)
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "fenced")
+		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		require.Zero(t, w.renewalsFailed())
+		require.EqualValues(t, 1, w.takeovers())
+		require.Equal(t, map[string]float64{"took over": 1, "existed": 1}, w.saves())
+	})
+}
+
+// A marker that cannot be given up is worth a warning: the next save waits.
+func TestStuckMarkerIsLogged(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		f.Deny("storage.objects.update")
+		s := f.storage("a", log.option())
+		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
+		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Contains(t, log.String(), "could not give a marker up")
+		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		require.Contains(t, log.String(), "storage.objects.update")
+	})
+}
+
+func TestHealedIsLogged(t *testing.T) {
+	repair := func(ctx context.Context, s *Storage) error {
+		_, err := s.Repair(ctx, testModule, testVersion)
+		return err
+	}
+	for _, test := range []struct {
+		name    string
+		prepare func(f *fakeGCS)
+		call    func(ctx context.Context, s *Storage) error
+		message string
+	}{
+		{"partial", func(f *fakeGCS) { leave(f, nil, extMod, extInfo) }, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`},
+		{"abandoned", func(f *fakeGCS) { leave(f, marked(givenUp, "other"), extMod) }, func(ctx context.Context, s *Storage) error {
+			return contentOf("a", 100).save(ctx, s)
+		}, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=abandoned`},
+		{"unfinished, by Save", leaveUnfinished, func(ctx context.Context, s *Storage) error {
+			err := contentOf("a", 100).save(ctx, s)
+			if !Is(err, KindAlreadyExists) {
+				return err
+			}
+			return nil
+		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		{"unfinished, by Exists", leaveUnfinished, func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		{"unfinished, by Repair", leaveUnfinished, repair, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		{"abandoned, by Repair", func(f *fakeGCS) { leave(f, marked(givenUp, "other"), extMod) }, repair,
+			`level=INFO msg="removed what was left of a version" module=example.com/mod version=v1.0.0 found=abandoned`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fakeGCS) {
+				test.prepare(f)
+				log := &syncedLog{}
+				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
+				require.Contains(t, log.String(), test.message)
+				require.Len(t, log.lines(slog.LevelInfo), 1)
+				require.Empty(t, log.lines(slog.LevelWarn))
+			})
+		})
+	}
+}
+
+// Where nothing is out of order, nothing is logged, at any level.
+func TestNothingIsLogged(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		log := &syncedLog{}
+		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		a := contentOf("a", 100)
+		s := f.storage("a", option)
+		var group sync.WaitGroup
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(4*time.Second), bytes.NewReader(a.zip))
+			require.NoError(t, a.saveFrom(t.Context(), s, zip))
+		})
+		time.Sleep(time.Second)
+		requireKind(t, a.save(t.Context(), s), KindAlreadyExists) // after less than tellAfter
+		group.Wait()
+		for range 2 {
+			_, err := s.Exists(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			_, err = s.List(t.Context(), testModule)
+			require.NoError(t, err)
+			_, err = s.Info(t.Context(), testModule, testVersion)
+			require.True(t, err == nil || Is(err, KindNotFound))
+			err = s.Delete(t.Context(), testModule, testVersion)
+			require.True(t, err == nil || Is(err, KindNotFound))
+		}
+		requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected) // the caller knows
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		errs, _ := stashAll(t, newFleet(f, &origin{takes: 4 * time.Second}, 3, option), 0)
+		requireNoErrors(t, errs)
+		require.Empty(t, log.String())
+	})
+}
+
+// What is told to nobody costs next to nothing.
+func TestSilenceIsCheap(t *testing.T) {
+	s := newStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
+	v := version{testModule, testVersion}
+	ctx := context.Background()
+	allocs := testing.AllocsPerRun(1000, func() {
+		_, c := s.begin(ctx, "Exists", v)
+		c.close(nil)
+	})
+	t.Logf("%v allocations a call", allocs)
+	require.LessOrEqual(t, allocs, 6.0)
+	require.False(t, s.log.Enabled(ctx, slog.LevelError))
+}
