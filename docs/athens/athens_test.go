@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -83,4 +84,13 @@ func text(t *testing.T, name string) string {
 	b, err := os.ReadFile(name)
 	require.NoError(t, err)
 	return string(b)
+}
+
+// The guide says to which versions the library raises Athens' dependencies.
+func TestGuideNamesVersions(t *testing.T) {
+	raised := regexp.MustCompile("`(\\S+)`\\s+\\((?:from\\s+)?v[\\d.]+\\s+to\\s+(v\\d+\\.\\d+)\\)").FindAllStringSubmatch(text(t, "../athens.md"), -1)
+	require.Len(t, raised, 4)
+	for _, r := range raised {
+		require.Contains(t, text(t, "../../go.mod"), "\t"+r[1]+" "+r[2]+".")
+	}
 }
