@@ -58,7 +58,7 @@ replace (
 	defer bucket.Close()
 	server := httptest.NewServer(bucket.Handler())
 	defer server.Close()
-	cmd := exec.CommandContext(t.Context(), "go", "test", "./...")
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-timeout=1m", "./...")
 	if testing.Verbose() {
 		cmd.Args = append(cmd.Args, "-v")
 	}

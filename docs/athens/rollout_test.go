@@ -91,7 +91,9 @@ type held struct {
 }
 
 func (g *gate) hold(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
-	if r.Machine == "reader" {
+	// Upstream changes no object that is there, so it is the same to the library when
+	// it reads one that it was refused.
+	if r.Machine == "reader" || r.Machine == "library" && r.Op == "attrs" {
 		return fakegcs.NoFault
 	}
 	h := held{*r, make(chan struct{})}
@@ -239,12 +241,13 @@ func TestOrders(t *testing.T) {
 	}
 	rows := []string{}
 	for o, n := range found {
-		rows = append(rows, fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %d |\n",
-			o.firstMod, o.library, o.upstreamClient, o.libraryClient, o.exists, o.remains, n))
+		row := fmt.Sprintf("| %s | %s | %s | %s | %s | %s |\n", o.firstMod, o.library, o.upstreamClient, o.libraryClient, o.exists, o.remains)
+		t.Logf("%d of %d orders: %s", n, total, row)
+		rows = append(rows, row)
 	}
 	slices.Sort(rows)
-	requireInGuide(t, "orders", `| first to create the `+"`.mod`"+` | library's `+"`Save`"+` | after upstream's `+"`Save`"+` | after the library's `+"`Save`"+` | once `+"`Exists`"+` is true | at the end | orders |
-| --- | --- | --- | --- | --- | --- | --- |
+	requireInGuide(t, "orders", `| first to create the `+"`.mod`"+` | library's `+"`Save`"+` | after upstream's `+"`Save`"+` | after the library's `+"`Save`"+` | once `+"`Exists`"+` is true | at the end |
+| --- | --- | --- | --- | --- | --- |
 `+strings.Join(rows, ""))
 }
 
