@@ -484,23 +484,23 @@ func TestCredentials(t *testing.T) {
 	private, err := json.Marshal(string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
 	require.NoError(t, err)
 	const user = `{"type":"authorized_user","client_id":"c","client_secret":"s","refresh_token":"r"}`
-	keys := []struct{ name, key, malformed string }{
+	keys := []struct{ name, key, malformed, says string }{
 		{"service account",
 			`{"type":"service_account","client_email":"a@b","private_key_id":"1","private_key":` + string(private) + `,"token_uri":"https://oauth2.googleapis.com/token"}`,
-			`{"type":"service_account","client_email":"a@b","private_key":7}`},
-		{"authorized user", user, `{"type":"authorized_user","client_id":"c"}`},
+			`{"type":"service_account","client_email":"a@b","private_key":7}`, "private_key"},
+		{"authorized user", user, `{"type":"authorized_user","client_id":"c"}`, "client secret"},
 		{"external account",
 			`{"type":"external_account","audience":"//iam.googleapis.com/p","subject_token_type":"urn:ietf:params:oauth:token-type:jwt","token_url":"https://sts.googleapis.com/v1/token","credential_source":{"file":"/var/run/token"}}`,
-			`{"type":"external_account","audience":"//iam.googleapis.com/p"}`},
+			`{"type":"external_account","audience":"//iam.googleapis.com/p"}`, "Subject token type"},
 		{"external account of a user",
 			`{"type":"external_account_authorized_user","audience":"//iam.googleapis.com/p","client_id":"c","client_secret":"s","refresh_token":"r","token_url":"https://sts.googleapis.com/v1/oauthtoken"}`,
-			`{"type":"external_account_authorized_user","audience":7}`},
+			`{"type":"external_account_authorized_user","audience":7}`, "audience"},
 		{"impersonated service account",
 			`{"type":"impersonated_service_account","service_account_impersonation_url":"https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/a@b:generateAccessToken","source_credentials":` + user + `}`,
-			`{"type":"impersonated_service_account"}`},
-		{"none", "", `{"client_email":"a@b"}`},
-		{"none of this world", "", `{"type":"of_another_world"}`},
-		{"no JSON", "", `{`},
+			`{"type":"impersonated_service_account"}`, "source_credentials"},
+		{"none", "", `{"client_email":"a@b"}`, `the JSON key has no "type"`},
+		{"none of this world", "", `{"type":"of_another_world"}`, "of_another_world"},
+		{"no JSON", "", `{`, "not a JSON key"},
 	}
 	try := func(key string) error {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -511,12 +511,16 @@ func TestCredentials(t *testing.T) {
 	}
 	for _, k := range keys {
 		t.Run(k.name, func(t *testing.T) {
-			if k.key != "" {
-				require.ErrorIs(t, try(base64.StdEncoding.EncodeToString([]byte(k.key))), context.Canceled)
-			}
 			err := try(base64.StdEncoding.EncodeToString([]byte(k.malformed)))
 			require.False(t, errors.Is(err, context.Canceled), "%v", err)
-			t.Log(err)
+			require.ErrorContains(t, err, k.says)
+			if k.key != "" {
+				key := base64.StdEncoding.EncodeToString([]byte(k.key))
+				require.ErrorIs(t, try(key), context.Canceled)
+				// The client's older way checks that the option has the key's type.
+				t.Setenv("GOOGLE_API_GO_EXPERIMENTAL_DISABLE_NEW_AUTH_LIB", "true")
+				require.ErrorIs(t, try(key), context.Canceled)
+			}
 		})
 	}
 	err = try("{}")
