@@ -3,7 +3,6 @@ package gcs
 import (
 	"context"
 	"crypto/rand"
-	"fmt"
 	"maps"
 	"net"
 	"net/http"
@@ -11,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -152,25 +150,11 @@ func stockListening(t *testing.T) server {
 	return connect(t, wire, option.WithEndpoint(s.URL()+"/storage/v1/"), storage.WithJSONReads())
 }
 
-// buildStock builds the program, once.
-var buildStock = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "conformance")
-	if err != nil {
-		return "", err
-	}
-	program := filepath.Join(dir, "fake-gcs-server")
-	out, err := exec.Command("go", "build", "-o", program, "github.com/fsouza/fake-gcs-server").CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, out)
-	}
-	return program, err
-})
-
 // stockProgram stores objects in files, as it does unless it is told otherwise.
 func stockProgram(t *testing.T) server {
-	program, err := buildStock()
-	if err != nil {
-		t.Skipf("fake-gcs-server cannot be built here: %v", err)
+	program := filepath.Join(t.TempDir(), "fake-gcs-server")
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/fsouza/fake-gcs-server").CombinedOutput(); err != nil {
+		t.Skipf("fake-gcs-server cannot be built here: %v: %s", err, out)
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
