@@ -2,8 +2,8 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -27,6 +27,14 @@ var kindNames = [kinds]string{"list", "get", "put", "patch", "delete"}
 type cost struct {
 	requests       [kinds]atomic.Int64
 	sent, received atomic.Int64 // bytes
+}
+
+func (c *cost) add(other *cost) {
+	for kind := range kinds {
+		c.requests[kind].Add(other.requests[kind].Load())
+	}
+	c.sent.Add(other.sent.Load())
+	c.received.Add(other.received.Load())
 }
 
 type costKey struct{}
@@ -81,36 +89,25 @@ func (c counted) Read(p []byte) (int, error) {
 type entry struct {
 	path    string
 	status  int
+	err     error // why it failed
 	elapsed time.Duration
 	cost    *cost
 }
 
-func (e entry) String() string {
-	var requests []string
+// log writes the entry as one line, whatever its path holds.
+func (e entry) log(l *slog.Logger) {
+	args := []any{"status", e.status, "path", e.path, "took", duration(e.elapsed)}
 	for kind, name := range kindNames {
 		if n := e.cost.requests[kind].Load(); n > 0 {
-			requests = append(requests, fmt.Sprintf("%d %s", n, name))
+			args = append(args, name, n)
 		}
 	}
-	return fmt.Sprintf("%d %s %s (%s)", e.status, e.path, duration(e.elapsed), strings.Join(requests, ", "))
-}
-
-// record reports every request that h has served, and its cost.
-func record(h http.Handler, report func(entry)) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, start := new(cost), time.Now()
-		sw := &statusWriter{w, http.StatusOK}
-		defer func() { report(entry{strings.TrimPrefix(r.URL.Path, "/"), sw.status, time.Since(start), c}) }()
-		h.ServeHTTP(sw, r.WithContext(context.WithValue(r.Context(), costKey{}, c)))
-	})
-}
-
-type statusWriter struct {
-	http.ResponseWriter
-	status int
-}
-
-func (w *statusWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
+	if e.err != nil {
+		args = append(args, "error", e.err)
+	}
+	level := slog.LevelInfo
+	if e.status >= http.StatusInternalServerError {
+		level = slog.LevelError
+	}
+	l.Log(context.Background(), level, "request", args...)
 }

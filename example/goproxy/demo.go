@@ -9,58 +9,88 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"text/tabwriter"
 	"time"
 
 	"cloud.google.com/go/storage"
-	"google.golang.org/api/iterator"
 
 	"github.com/athensgcs/gcs"
 )
 
-// demo downloads modules through the proxy twice: from wherever they come, and
-// then from the bucket alone.
-func demo(ctx context.Context, out io.Writer, bucket *storage.BucketHandle, modules []string) error {
-	store := gcs.NewStorage(bucket)
+// demo shows what the proxy does.
+type demo struct {
+	out        io.Writer
+	store      *gcs.Storage
+	downloaded []download // by the first pass
+}
 
-	fmt.Fprintf(out, "1. go mod download %s\n\n", strings.Join(modules, " "))
-	first, err := pass(ctx, out, &proxy{store: store}, modules)
-	if err != nil {
+// downloadTwice downloads modules through the proxy twice: from wherever they
+// come, and then from the bucket alone.
+func (d *demo) downloadTwice(ctx context.Context, modules []string) (err error) {
+	fmt.Fprintf(d.out, "1. go mod download %s\n\n", strings.Join(modules, " "))
+	if d.downloaded, err = d.pass(ctx, &proxy{store: d.store}, modules); err != nil {
 		return err
 	}
+	fmt.Fprintf(d.out, "\n2. The bucket now holds\n\n")
+	if err := d.printStates(ctx, d.downloaded, gcs.Complete); err != nil {
+		return err
+	}
+	fmt.Fprintf(d.out, "\n3. The same download, from the bucket alone\n\n")
+	if err := d.passAgain(ctx, &proxy{store: d.store, offline: true}, d.downloaded); err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out, "\nBoth downloads have the same checksums.")
+	return nil
+}
 
-	fmt.Fprintf(out, "\n2. The bucket now holds\n\n")
-	for _, d := range first {
-		if err := printObjects(ctx, out, bucket, d.Path+"/@v/"+d.Version+"."); err != nil {
+// heal breaks a version, and downloads it once more.
+func (d *demo) heal(ctx context.Context, bucket *storage.BucketHandle) error {
+	broken := d.downloaded[:1]
+	fmt.Fprintf(d.out, "\n4. What an upload that fails halfway leaves: .info and .zip deleted\n\n")
+	for _, ext := range []string{".info", ".zip"} {
+		if err := bucket.Object(broken[0].Path + "/@v/" + broken[0].Version + ext).Delete(ctx); err != nil {
 			return err
 		}
 	}
-
-	// The versions that the first pass found: what "latest" or a branch means
-	// is for the upstream to say.
-	var found []string
-	sums := map[string]string{}
-	for _, d := range first {
-		id := d.Path + "@" + d.Version
-		found = append(found, id)
-		sums[id] = d.Sum + d.GoModSum
+	if err := d.printStates(ctx, broken, gcs.Partial); err != nil {
+		return err
 	}
-	fmt.Fprintf(out, "\n3. The same download, from the bucket alone\n\n")
-	second, err := pass(ctx, out, &proxy{store: store, offline: true}, found)
+	fmt.Fprintf(d.out, "\n5. The same download, with nothing done by hand\n\n")
+	if err := d.passAgain(ctx, &proxy{store: d.store}, broken); err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out)
+	if err := d.printStates(ctx, broken, gcs.Complete); err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out, "\nIt has the same checksums as before.")
+	return nil
+}
+
+// passAgain is pass for versions that an earlier pass found: what "latest" or a
+// branch means is for the upstream to say.
+func (d *demo) passAgain(ctx context.Context, p *proxy, versions []download) error {
+	var modules []string
+	sums := map[string]string{}
+	for _, v := range versions {
+		modules = append(modules, v.String())
+		sums[v.String()] = v.Sum + v.GoModSum
+	}
+	got, err := d.pass(ctx, p, modules)
 	if err != nil {
 		return err
 	}
-	for _, d := range second {
-		if id := d.Path + "@" + d.Version; sums[id] != d.Sum+d.GoModSum {
-			return fmt.Errorf("%s: other checksums from the bucket than before", id)
+	for _, v := range got {
+		if sums[v.String()] != v.Sum+v.GoModSum {
+			return fmt.Errorf("%s: other checksums than before", v)
 		}
 	}
-	fmt.Fprintln(out, "\nBoth downloads have the same checksums.")
 	return nil
 }
 
 // pass has the go command download modules through p into an empty module
 // cache, and prints what that cost.
-func pass(ctx context.Context, out io.Writer, p *proxy, modules []string) ([]download, error) {
+func (d *demo) pass(ctx context.Context, p *proxy, modules []string) ([]download, error) {
 	dir, err := os.MkdirTemp("", "goproxy-")
 	if err != nil {
 		return nil, err
@@ -74,19 +104,18 @@ func pass(ctx context.Context, out io.Writer, p *proxy, modules []string) ([]dow
 
 	var mu sync.Mutex
 	var entries []entry
+	p.report = func(e entry) {
+		mu.Lock()
+		defer mu.Unlock()
+		entries = append(entries, e)
+	}
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
 	served := make(chan error, 1)
-	go func() {
-		served <- serve(serving, l, p, func(e entry) {
-			mu.Lock()
-			defer mu.Unlock()
-			entries = append(entries, e)
-		})
-	}()
+	go func() { served <- serve(serving, l, p) }()
 
 	got, err := modDownload(ctx, dir, append(goEnv(dir),
-		"GOPROXY="+address(l),
+		"GOPROXY=http://"+address(l),
 		"GONOPROXY=none", // private modules too
 		// The download for the proxy was checked against the checksum database,
 		// if the user's environment asks for it.
@@ -97,54 +126,63 @@ func pass(ctx context.Context, out io.Writer, p *proxy, modules []string) ([]dow
 	if err := errors.Join(err, <-served); err != nil {
 		return nil, err
 	}
-	printCosts(out, entries)
+	d.printCosts(entries)
 	return got, nil
 }
 
-// printCosts prints a line for each request to the proxy, with a column for
-// each kind of request that was made to the bucket.
-func printCosts(out io.Writer, entries []entry) {
-	total, width := entry{path: "total", cost: new(cost)}, 0
-	for _, e := range entries {
-		width = max(width, len(e.path))
-		total.elapsed += e.elapsed
-		total.cost.sent.Add(e.cost.sent.Load())
-		total.cost.received.Add(e.cost.received.Load())
-		for kind := range kinds {
-			total.cost.requests[kind].Add(e.cost.requests[kind].Load())
-		}
-	}
-	fmt.Fprintf(out, "   %-*s", width, "request")
-	for kind, name := range kindNames {
-		if total.cost.requests[kind].Load() > 0 {
-			fmt.Fprintf(out, " %s", name)
-		}
-	}
-	fmt.Fprintf(out, " %8s %8s %8s\n", "sent", "received", "time")
-	for _, e := range append(entries, total) {
-		fmt.Fprintf(out, "   %-*s", width, e.path)
-		for kind, name := range kindNames {
-			if total.cost.requests[kind].Load() > 0 {
-				fmt.Fprintf(out, " %*d", len(name), e.cost.requests[kind].Load())
-			}
-		}
-		fmt.Fprintf(out, " %8s %8s %8s\n",
-			size(e.cost.sent.Load()), size(e.cost.received.Load()), duration(e.elapsed))
-	}
+// table returns a writer of rows whose cells end with tabs, the last one apart.
+func (d *demo) table() *tabwriter.Writer {
+	return tabwriter.NewWriter(d.out, 0, 0, 2, ' ', tabwriter.AlignRight)
 }
 
-func printObjects(ctx context.Context, out io.Writer, bucket *storage.BucketHandle, prefix string) error {
-	objects := bucket.Objects(ctx, &storage.Query{Prefix: prefix})
-	for {
-		attrs, err := objects.Next()
-		if err == iterator.Done {
-			return nil
+// printStates prints what the bucket has of versions, which has to be in the
+// state want.
+func (d *demo) printStates(ctx context.Context, versions []download, want gcs.State) error {
+	w := d.table()
+	fmt.Fprintln(w, "state\tsize\tmissing\t  version")
+	for _, v := range versions {
+		var found gcs.VersionStatus
+		for status, err := range d.store.Scan(ctx, v.Path) {
+			if err != nil {
+				return err
+			}
+			if status.Version == v.Version {
+				found = status
+			}
 		}
-		if err != nil {
-			return err
+		fmt.Fprintf(w, "%s\t%s\t%s\t  %s\n", found.State, size(found.Size), strings.Join(found.Missing, ", "), v)
+		if found.State != want {
+			return errors.Join(w.Flush(), fmt.Errorf("%s is %s, not %s", v, found.State, want))
 		}
-		fmt.Fprintf(out, "%12s  %s\n", size(attrs.Size), attrs.Name)
 	}
+	return w.Flush()
+}
+
+// printCosts prints a row for each request to the proxy, with a column for each
+// kind of request that was made to the bucket.
+func (d *demo) printCosts(entries []entry) {
+	total := entry{path: "total", cost: new(cost)}
+	for _, e := range entries {
+		total.elapsed += e.elapsed
+		total.cost.add(e.cost)
+	}
+	w := d.table()
+	for kind, name := range kindNames {
+		if total.cost.requests[kind].Load() > 0 {
+			fmt.Fprintf(w, "%s\t", name)
+		}
+	}
+	fmt.Fprintln(w, "sent\treceived\ttime\t  request")
+	for _, e := range append(entries, total) {
+		for kind := range kinds {
+			if total.cost.requests[kind].Load() > 0 {
+				fmt.Fprintf(w, "%d\t", e.cost.requests[kind].Load())
+			}
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t  %s\n",
+			size(e.cost.sent.Load()), size(e.cost.received.Load()), duration(e.elapsed), e.path)
+	}
+	w.Flush()
 }
 
 func size(n int64) string {

@@ -31,6 +31,8 @@ type download struct {
 	Error            string
 }
 
+func (d download) String() string { return d.Path + "@" + d.Version }
+
 // query asks the upstream which version of the module a query such as "latest"
 // or a branch means, and which versions there are.
 func query(ctx context.Context, module, query string) (version string, versions []string, err error) {

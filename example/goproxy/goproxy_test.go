@@ -5,15 +5,17 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -22,60 +24,223 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/mod/module"
+	"golang.org/x/mod/sumdb"
+	"golang.org/x/mod/sumdb/dirhash"
+	"golang.org/x/mod/sumdb/note"
 
 	"github.com/athensgcs/gcs"
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
+
+// TestMain is the program itself if a test says so.
+func TestMain(m *testing.M) {
+	if os.Getenv("GOPROXY_TEST_MAIN") != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
 
 func TestDemo(t *testing.T) {
 	newUpstream(t)
 	var out bytes.Buffer
 	err := run(t.Context(), []string{"example.com/hello@v1.0.0", "example.com/Upper@latest"}, &out)
 	require.NoError(t, err, out.String())
-	for _, name := range []string{
-		"example.com/hello/@v/v1.0.0.info", "example.com/hello/@v/v1.0.0.mod", "example.com/hello/@v/v1.0.0.zip",
-		"example.com/Upper/@v/v0.1.0.info", "example.com/Upper/@v/v0.1.0.mod", "example.com/Upper/@v/v0.1.0.zip",
-	} {
-		assert.Contains(t, out.String(), " "+name+"\n")
+	steps := strings.Split(out.String(), "\n\n")
+	require.Len(t, steps, 13, out.String())
+	hello, upper := "  example.com/hello@v1.0.0", "  example.com/Upper@v0.1.0"
+	states := func(step string) string { // one space for any number, and no sizes
+		return regexp.MustCompile(` +([0-9.]+ k?B +)?`).ReplaceAllString(step, " ")
 	}
-	assert.NotContains(t, out.String(), "hello/@v/v1.1.0")
-	assert.Contains(t, out.String(), "Both downloads have the same checksums.")
+	assert.Contains(t, steps[1], " put ")
+	assert.Contains(t, steps[3], hello)
+	assert.Contains(t, steps[3], upper)
+	assert.Equal(t, " state size missing version\n complete example.com/hello@v1.0.0\n complete example.com/Upper@v0.1.0", states(steps[3]))
+	assert.NotContains(t, steps[5], " put ")
+	assert.Equal(t, "Both downloads have the same checksums.", steps[6])
+	assert.Equal(t, " state size missing version\n partial info, zip example.com/hello@v1.0.0", states(steps[8]))
+	assert.Contains(t, steps[10], " put ")
+	assert.Equal(t, " state size missing version\n complete example.com/hello@v1.0.0", states(steps[11]))
+	assert.Equal(t, "It has the same checksums as before.\n", steps[12])
 
 	err = run(t.Context(), []string{"example.com/hello@v1.9.0"}, io.Discard)
 	assert.ErrorContains(t, err, "example.com/hello@v1.9.0")
 	assert.ErrorContains(t, err, "404 Not Found")
 }
 
-// TestBucket has the bucket somewhere else, as -bucket does.
-func TestBucket(t *testing.T) {
+// TestDemoFails has every step of the demo come out otherwise than it says.
+func TestDemoFails(t *testing.T) {
+	upstream := newUpstream(t)
+	bucket, store := newBucket(t)
+	d := demo{out: io.Discard, store: store}
+	require.NoError(t, d.downloadTwice(t.Context(), []string{"example.com/hello@v1.0.0"}))
+	assert.EqualError(t, d.printStates(t.Context(), d.downloaded, gcs.Partial),
+		"example.com/hello@v1.0.0 is complete, not partial")
+	other := d.downloaded[0]
+	other.Sum = "h1:other"
+	assert.EqualError(t, d.passAgain(t.Context(), &proxy{store: store}, []download{other}),
+		"example.com/hello@v1.0.0: other checksums than before")
+	require.NoError(t, os.RemoveAll(upstream))
+	assert.ErrorContains(t, d.heal(t.Context(), bucket), "404 Not Found")
+	assert.Error(t, d.heal(t.Context(), bucket), "nothing left to delete")
+}
+
+// TestEmulator has two programs use the bucket of a third.
+func TestEmulator(t *testing.T) {
 	newUpstream(t)
-	e, err := newEmulator("elsewhere")
+	lines, _ := start(t, "-addr", "127.0.0.1:0", "-emulator", "127.0.0.1:0")
+	var bucket, host string
+	_, err := fmt.Sscanf(<-lines, "bucket %s is at STORAGE_EMULATOR_HOST=%s", &bucket, &host)
 	require.NoError(t, err)
-	server := httptest.NewServer(&httputil.ReverseProxy{
-		Transport: e,
-		Rewrite:   func(r *httputil.ProxyRequest) { r.Out.URL.Scheme = "http" },
-	})
-	defer server.Close()
-	t.Setenv("STORAGE_EMULATOR_HOST", strings.TrimPrefix(server.URL, "http://"))
-	args := []string{"-bucket", "elsewhere", "example.com/hello@v1.0.0"}
+	t.Setenv("STORAGE_EMULATOR_HOST", host)
+
+	// What is saved from outside, the proxy has, and the other way round.
+	client, err := storage.NewClient(t.Context())
+	require.NoError(t, err)
+	defer client.Close()
+	store := gcs.NewStorage(client.Bucket(bucket))
+	require.NoError(t, store.Save(t.Context(), "example.com/saved", "v1.0.0", []byte("module example.com/saved\n"),
+		strings.NewReader("zip"), nil, []byte(`{"Version": "v1.0.0"}`)))
+	proxy := proxyURL(t, <-lines)
+	assert.Equal(t, "zip", httpGet(t, proxy+"/example.com/saved/@v/v1.0.0.zip", http.StatusOK))
+	httpGet(t, proxy+"/example.com/hello/@v/v1.1.0.info", http.StatusOK)
+	exists, err := store.Exists(t.Context(), "example.com/hello", "v1.1.0")
+	require.NoError(t, err)
+	assert.True(t, exists)
+
+	// A bucket that is not our own is not broken on purpose.
 	for _, saves := range []bool{true, false} { // the second time it is there
 		var out bytes.Buffer
-		require.NoError(t, run(t.Context(), args, &out), out.String())
+		require.NoError(t, run(t.Context(), []string{"-bucket", bucket, "example.com/hello@v1.0.0"}, &out), out.String())
 		assert.Equal(t, saves, strings.Contains(out.String(), " put "), out.String())
+		assert.NotContains(t, out.String(), "partial")
 	}
+	err = run(t.Context(), []string{"-bucket", "none", "example.com/hello@v1.0.0"}, io.Discard)
+	assert.True(t, gcs.Is(err, gcs.KindNotFound), "%v", err)
+}
+
+func TestArguments(t *testing.T) {
+	for _, test := range []struct {
+		args           string
+		status         int
+		stdout, stderr string
+	}{
+		{"-h", 0, "MODULE@VERSION", ""},
+		{"-h", 0, "-emulator address", ""},
+		{"-x", 2, "", "goproxy: flag provided but not defined: -x\n"},
+		{"-bucket b -emulator localhost:0", 2, "", "goproxy: -emulator serves the bucket in memory, not that of -bucket\n"},
+		{"example.com/hello", 2, "", "goproxy: example.com/hello: no version; the newest is example.com/hello@latest\n"},
+		{"example.com/hello@", 2, "", "goproxy: example.com/hello: no version; the newest is example.com/hello@latest\n"},
+		{"-- -json@v1.0.0", 2, "", "goproxy: malformed module path \"-json\": leading dash\n"},
+		{"-addr nowhere", 1, "", "goproxy: listen tcp: address nowhere: missing port in address\n"},
+	} {
+		cmd := exec.Command(os.Args[0], strings.Fields(test.args)...)
+		cmd.Env = append(os.Environ(), "GOPROXY_TEST_MAIN=1")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		_ = cmd.Run() // the status tells
+		assert.Equal(t, test.status, cmd.ProcessState.ExitCode(), test.args)
+		assert.Contains(t, stdout.String(), test.stdout, test.args)
+		assert.Equal(t, test.stderr, stderr.String(), test.args)
+	}
+}
+
+// TestBadRequests asks for what the go command must not be bothered with.
+func TestBadRequests(t *testing.T) {
+	newUpstream(t)
+	_, store := newBucket(t)
+	t.Setenv("PATH", "") // no go command
+	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(entry) {}})
+	defer server.Close()
+	for _, path := range []string{
+		"", "/", "/example.com/hello", "/example.com/hello/@v/", "/example.com/hello/@v/v1.0.0", "/example.com/Upper/@latest",
+		"/-flag/@latest", "/example.com/-flag/@v/-flag.mod", "/example.com/hello/@v/-flag.info", "/example.com/hello/@v/--.info",
+		"/example.com/hello/@v/none.info", "/example.com/hello/@v/patch.info", "/example.com/hello/@v/upgrade.info",
+		"/example.com/hello/@v/.info", "/example.com/hello/@v/...info", "/example.com/hello/@v/a%0ab.info", "/example.com/hello/@v/%3Cv1.info",
+		"/example.com/h...o/@latest", "/example.com/h...o/@v/list", "/example.com/h...o/@v/v1.0.0.info",
+		"/sumdb/", "/sumdb/example.test/supported",
+	} {
+		httpGet(t, server.URL+path, http.StatusNotFound)
+	}
+	resp, err := http.Post(server.URL+"/example.com/hello/@v/v1.0.0.info", "", nil)
+	require.NoError(t, err)
+	resp.Body.Close()
+	assert.Equal(t, http.StatusMethodNotAllowed, resp.StatusCode)
+	httpGet(t, server.URL+"/example.com/hello/@latest", http.StatusInternalServerError) // that was for the go command
+}
+
+// TestLog asks for lines of the log that a reader can trust.
+func TestLog(t *testing.T) {
+	newUpstream(t)
+	t.Setenv("GOPROXY", "http://127.0.0.1:1") // nobody there
+	lines, _ := start(t, "-addr", "127.0.0.1:0")
+	proxy := proxyURL(t, <-lines)
+	for path, status := range map[string]int{
+		"/x%0Atime=now%20level=INFO%20msg=forged": http.StatusNotFound,
+		"/example.com/hello/@latest":              http.StatusInternalServerError,
+	} {
+		httpGet(t, proxy+path, status)
+		line := <-lines
+		assert.Regexp(t, fmt.Sprintf(`^time=\d{4}-\d\d-\d\dT\d\d:\d\d:\S+ level=\w+ msg=request status=%d path=\S+ `, status), line)
+		if status == http.StatusInternalServerError {
+			assert.Contains(t, line, "level=ERROR")
+			assert.Regexp(t, `error=".*connection refused`, line)
+		}
+	}
+}
+
+// TestChecksumDatabase has the go command reach nothing but this proxy, and
+// check what it gets from it.
+func TestChecksumDatabase(t *testing.T) {
+	dir := newUpstream(t)
+	skey, vkey, err := note.GenerateKey(rand.Reader, "sum.example.test")
+	require.NoError(t, err)
+	database := sumdb.NewServer(sumdb.NewTestServer(skey, func(path, version string) ([]byte, error) {
+		assert.Equal(t, "example.com/hello@v1.0.0", path+"@"+version)
+		file := filepath.Join(dir, path, "@v", version)
+		zipSum, err := dirhash.HashZip(file+".zip", dirhash.Hash1)
+		if err != nil {
+			return nil, err
+		}
+		modSum, err := dirhash.Hash1([]string{"go.mod"}, func(string) (io.ReadCloser, error) { return os.Open(file + ".mod") })
+		return fmt.Appendf(nil, "%s %s %s\n%[1]s %[2]s/go.mod %[4]s\n", path, version, zipSum, modSum), err
+	}))
+	mux := http.NewServeMux()
+	mux.Handle("/", http.FileServer(http.Dir(dir)))
+	mux.Handle("/sumdb/sum.example.test/", http.StripPrefix("/sumdb/sum.example.test", database))
+	mux.HandleFunc("/sumdb/sum.example.test/supported", func(http.ResponseWriter, *http.Request) {})
+	mux.HandleFunc("/sumdb/broken.example.test/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) })
+	mux.HandleFunc("/secret", func(http.ResponseWriter, *http.Request) { t.Error("not a checksum database") })
+	upstream := httptest.NewServer(mux)
+	defer upstream.Close()
+	without := httptest.NewServer(http.FileServer(http.Dir(t.TempDir())))
+	defer without.Close()
+	t.Setenv("GOPROXY", without.URL+"/,"+upstream.URL)
+	t.Setenv("GOSUMDB", vkey)
+	t.Setenv("GOPATH", t.TempDir()) // where the go command remembers what the database said
+	lines, _ := start(t, "-addr", "127.0.0.1:0")
+	proxy := proxyURL(t, <-lines)
+
+	download := func() error {
+		cache := t.TempDir()
+		_, err := modDownload(t.Context(), cache, append(goEnv(cache), "GOPROXY="+proxy, "GOPATH="+cache), "example.com/hello@v1.0.0")
+		return err
+	}
+	require.NoError(t, download())
+	httpGet(t, proxy+"/sumdb/other.example.test/supported", http.StatusNotFound)
+	httpGet(t, proxy+"/sumdb/broken.example.test/supported", http.StatusInternalServerError)
+	httpGet(t, proxy+"/sumdb/..%2fsecret", http.StatusNotFound)
+
+	_, vkey, err = note.GenerateKey(rand.Reader, "sum.example.test")
+	require.NoError(t, err)
+	t.Setenv("GOSUMDB", vkey)
+	assert.ErrorContains(t, download(), "verifying", "was the database asked?")
 }
 
 func TestServe(t *testing.T) {
 	upstream := newUpstream(t)
-	ctx, interrupt := context.WithCancel(t.Context())
-	defer interrupt()
-	out, w := io.Pipe()
-	done := make(chan error, 1)
-	go func() { done <- run(ctx, []string{"-addr", "127.0.0.1:0"}, w) }()
-	line, err := bufio.NewReader(out).ReadString('\n')
-	require.NoError(t, err)
-	go func() { _, _ = io.Copy(io.Discard, out) }() // the log
-	_, rest, _ := strings.Cut(line, "GOPROXY=")
-	proxy, _, _ := strings.Cut(rest, " ")
+	lines, interrupt := start(t, "-addr", "127.0.0.1:0")
+	proxy := proxyURL(t, <-lines)
 
 	dir := t.TempDir()
 	goRun := func(args ...string) (string, error) {
@@ -111,7 +276,7 @@ import "example.com/hello/greet"
 
 func main() { print(greet.Text) }
 `)
-	_, err = goRun("get", "example.com/hello/greet@latest")
+	_, err := goRun("get", "example.com/hello/greet@latest")
 	require.NoError(t, err)
 	_, err = goRun("build", "-o", filepath.Join(dir, "main.exe"), ".")
 	require.NoError(t, err)
@@ -131,41 +296,27 @@ func main() { print(greet.Text) }
 	_, err = goRun("build", "-o", filepath.Join(dir, "main.exe"), ".")
 	require.NoError(t, err)
 
-	resp, err := http.Get(proxy + "/example.com/hello/@v/list")
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	list, err := io.ReadAll(resp.Body)
-	require.NoError(t, err)
-	assert.Equal(t, "v1.0.0\nv1.1.0\n", string(list))
+	assert.Equal(t, "v1.0.0\nv1.1.0\n", httpGet(t, proxy+"/example.com/hello/@v/list", http.StatusOK))
 
-	interrupt()
-	require.NoError(t, <-done)
+	require.NoError(t, interrupt())
 	_, err = http.Get(proxy)
 	assert.Error(t, err, "still listening")
 }
 
 func TestMissesShareOneDownload(t *testing.T) {
 	newUpstream(t)
-	client, err := newClient(t.Context(), "")
-	require.NoError(t, err)
-	defer client.Close()
+	_, store := newBucket(t)
 	var mu sync.Mutex
 	puts := 0
-	server := httptest.NewServer(record(
-		&proxy{store: gcs.NewStorage(client.Bucket(emulated)), ctx: t.Context()},
-		func(e entry) {
-			mu.Lock()
-			defer mu.Unlock()
-			puts += int(e.cost.requests[put].Load())
-		}))
+	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(e entry) {
+		mu.Lock()
+		defer mu.Unlock()
+		puts += int(e.cost.requests[put].Load())
+	}})
 	var wg sync.WaitGroup
 	for _, ext := range []string{"info", "mod", "zip", "info", "mod", "zip"} {
 		wg.Go(func() {
-			resp, err := http.Get(server.URL + "/example.com/!upper/@v/v0.1.0." + ext)
-			if assert.NoError(t, err) {
-				assert.Equal(t, http.StatusOK, resp.StatusCode)
-				resp.Body.Close()
-			}
+			httpGet(t, server.URL+"/example.com/!upper/@v/v0.1.0."+ext, http.StatusOK)
 		})
 	}
 	wg.Wait()
@@ -173,68 +324,78 @@ func TestMissesShareOneDownload(t *testing.T) {
 	assert.Equal(t, 3, puts)
 }
 
-func TestOwnAddressAsUpstream(t *testing.T) {
+func TestUpstreamProxies(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	t.Setenv("GOPROXY", "http://localhost:"+port+",direct")
-	assert.ErrorContains(t, checkUpstream(t.Context(), l), "this proxy itself")
-	t.Setenv("GOPROXY", "http://localhost:1,direct")
-	assert.NoError(t, checkUpstream(t.Context(), l))
+	_, err = upstreamProxies(t.Context(), l)
+	assert.ErrorContains(t, err, "this proxy itself")
+	t.Setenv("GOPROXY", "file:///modules,http://localhost:1/|https://example.test/go,direct,http://localhost:2")
+	urls, err := upstreamProxies(t.Context(), l)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"http://localhost:1", "https://example.test/go"}, urls)
 }
 
-// TestEmulator pins what the emulator adds to the fake behind it.
-func TestEmulator(t *testing.T) {
-	ctx := t.Context()
-	client, err := newClient(ctx, "")
+// start runs the program until stop is called or the test ends. The channel has
+// the lines that it prints.
+func start(t *testing.T, args ...string) (lines <-chan string, stop func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	r, w := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		defer w.Close()
+		done <- run(ctx, args, w)
+	}()
+	printed := make(chan string, 1000)
+	go func() {
+		defer close(printed)
+		for scanner := bufio.NewScanner(r); scanner.Scan(); {
+			printed <- scanner.Text()
+		}
+	}()
+	stop = sync.OnceValue(func() error {
+		cancel()
+		return <-done
+	})
+	t.Cleanup(func() { assert.NoError(t, stop()) })
+	return printed, stop
+}
+
+func proxyURL(t *testing.T, line string) string {
+	t.Helper()
+	_, rest, ok := strings.Cut(line, "GOPROXY=")
+	require.True(t, ok, line)
+	url, _, _ := strings.Cut(rest, " ")
+	return url
+}
+
+// httpGet returns the body of the answer, which must have the status.
+func httpGet(t *testing.T, url string, status int) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if !assert.NoError(t, err) {
+		return ""
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	assert.NoError(t, err)
+	assert.Equal(t, status, resp.StatusCode, "%s: %s", url, body)
+	return string(body)
+}
+
+// newBucket returns an empty bucket.
+func newBucket(t *testing.T) (*storage.BucketHandle, *gcs.Storage) {
+	t.Helper()
+	fake := fakegcs.New()
+	t.Cleanup(fake.Close)
+	client, err := newClient(t.Context(), fake)
 	require.NoError(t, err)
-	defer client.Close()
-	o := client.Bucket(emulated).Object("a/b@v1.0.0+x.mod")
-	create := func(cond storage.Conditions, chunk int) (*storage.ObjectAttrs, error) {
-		w := o.If(cond).NewWriter(ctx)
-		w.ChunkSize = chunk
-		w.Metadata = map[string]string{"k": "v", "l": "w"}
-		_, _ = w.Write(make([]byte, 600<<10))
-		err := w.Close()
-		return w.Attrs(), err
-	}
-	for _, chunk := range []int{0, 256 << 10} { // in one request, and in several
-		attrs, err := create(storage.Conditions{DoesNotExist: true}, chunk)
-		require.NoError(t, err)
-		assert.EqualValues(t, 1, attrs.Metageneration)
-		_, err = create(storage.Conditions{DoesNotExist: true}, chunk)
-		assert.ErrorContains(t, err, "412")
-
-		seen := storage.Conditions{GenerationMatch: attrs.Generation, MetagenerationMatch: 1}
-		updated, err := o.If(seen).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{"k": "x"}})
-		require.NoError(t, err)
-		assert.Equal(t, attrs.Generation, updated.Generation)
-		assert.EqualValues(t, 2, updated.Metageneration)
-		assert.Equal(t, map[string]string{"k": "x", "l": "w"}, updated.Metadata)
-
-		_, err = o.If(seen).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
-		assert.ErrorContains(t, err, "412")
-		assert.ErrorContains(t, o.If(seen).Delete(ctx), "412")
-		_, err = create(seen, chunk)
-		assert.ErrorContains(t, err, "412")
-
-		seen.MetagenerationMatch = 2
-		updated, err = o.If(seen).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
-		require.NoError(t, err)
-		assert.Empty(t, updated.Metadata)
-		seen.MetagenerationMatch = 3
-		anew, err := create(seen, chunk)
-		require.NoError(t, err)
-		assert.Greater(t, anew.Generation, attrs.Generation)
-		listed, err := client.Bucket(emulated).Objects(ctx, nil).Next()
-		require.NoError(t, err)
-		assert.Equal(t, [2]int64{anew.Generation, 1}, [2]int64{listed.Generation, listed.Metageneration})
-
-		require.NoError(t, o.If(storage.Conditions{GenerationMatch: anew.Generation}).Delete(ctx))
-		err = o.If(storage.Conditions{GenerationMatch: anew.Generation}).Delete(ctx)
-		assert.True(t, errors.Is(err, storage.ErrObjectNotExist), "%v", err)
-	}
+	t.Cleanup(func() { client.Close() })
+	bucket := client.Bucket(fakegcs.Bucket)
+	return bucket, gcs.NewStorage(bucket)
 }
 
 const untagged = "v0.0.0-20240102030405-0123456789ab"

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,42 +19,69 @@ import (
 	"github.com/athensgcs/gcs"
 )
 
+// relative are the queries that mean nothing without a main module, or nothing at all.
+var relative = []string{"none", "patch", "upgrade"}
+
 // fetchTimeout bounds one download from the upstream, saving included.
 const fetchTimeout = 10 * time.Minute
+
+var errMethod = errors.New("method not allowed")
 
 // proxy speaks the GOPROXY protocol out of a bucket, and fetches what the
 // bucket does not have.
 type proxy struct {
-	store   *gcs.Storage
-	offline bool            // never ask the upstream
-	ctx     context.Context // ends the fetches
+	store     *gcs.Storage
+	upstreams []string        // URLs of proxies, for the checksum databases
+	offline   bool            // never ask the upstream
+	report    func(entry)     // called after every request
+	ctx       context.Context // ends the fetches
 
 	flight singleflight.Group
 }
 
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+	e, start := entry{path: strings.TrimPrefix(r.URL.Path, "/"), cost: new(cost)}, time.Now()
+	defer func() {
+		e.elapsed = time.Since(start)
+		p.report(e)
+	}()
+	e.err = p.serve(w, r.WithContext(context.WithValue(r.Context(), costKey{}, e.cost)))
+	if e.status = statusOf(e.err); e.status == http.StatusOK {
 		return
 	}
-	if err := p.serve(w, r); err != nil {
-		// The go command takes 404 for "go on looking", and anything else for
-		// a reason to stop; it shows the text to the user.
-		status := http.StatusInternalServerError
-		var missing notFound
-		if errors.As(err, &missing) || gcs.Is(err, gcs.KindNotFound) || gcs.Is(err, gcs.KindBadRequest) {
-			status = http.StatusNotFound
-		}
-		http.Error(w, err.Error(), status)
+	if errors.Is(e.err, http.ErrAbortHandler) {
+		panic(http.ErrAbortHandler) // too late for a status: cut the connection
 	}
+	http.Error(w, e.err.Error(), e.status)
+}
+
+// statusOf returns the status of an answer. The go command takes 404 for "go on
+// looking", and anything else for a reason to stop; it shows the text to the user.
+func statusOf(err error) int {
+	var missing notFound
+	switch {
+	case err == nil:
+		return http.StatusOK
+	case errors.Is(err, errMethod):
+		return http.StatusMethodNotAllowed
+	case errors.As(err, &missing), gcs.Is(err, gcs.KindNotFound), gcs.Is(err, gcs.KindBadRequest):
+		return http.StatusNotFound
+	}
+	return http.StatusInternalServerError
 }
 
 func (p *proxy) serve(w http.ResponseWriter, r *http.Request) error {
 	ctx := r.Context()
-	path := strings.TrimPrefix(r.URL.Path, "/")
-	escaped, file, ok := strings.Cut(path, "/@v/")
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return errMethod
+	}
+	if strings.HasPrefix(r.URL.Path, "/sumdb/") {
+		return p.serveSumDB(w, r)
+	}
+	name := strings.TrimPrefix(r.URL.Path, "/")
+	escaped, file, ok := strings.Cut(name, "/@v/")
 	if !ok {
-		if escaped, ok = strings.CutSuffix(path, "/@latest"); !ok {
+		if escaped, ok = strings.CutSuffix(name, "/@latest"); !ok {
 			return notFound("not found: " + r.URL.Path)
 		}
 		file = "latest.info"
@@ -61,6 +89,9 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request) error {
 	mod, err := module.UnescapePath(escaped)
 	if err != nil {
 		return notFound(err.Error())
+	}
+	if strings.Contains(mod, "...") {
+		return notFound("not found: " + mod + " is a pattern")
 	}
 	if file == "list" {
 		return p.serveList(ctx, w, mod)
@@ -72,6 +103,9 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request) error {
 	version, err := module.UnescapeVersion(file[:dot])
 	if err != nil {
 		return notFound(err.Error())
+	}
+	if strings.HasPrefix(version, "-") || slices.Contains(relative, version) {
+		return notFound("not found: " + version + " is no version")
 	}
 	ext := file[dot:]
 	if ext == ".info" && module.CanonicalVersion(version) != version {
@@ -113,10 +147,7 @@ func (p *proxy) copyFile(ctx context.Context, w http.ResponseWriter, mod, versio
 		defer zip.Close()
 		w.Header().Set("Content-Type", "application/zip")
 		w.Header().Set("Content-Length", strconv.FormatInt(zip.Size(), 10))
-		if _, err := io.Copy(w, zip); err != nil {
-			panic(http.ErrAbortHandler) // too late for a status: cut the connection
-		}
-		return nil
+		return copyBody(w, zip)
 	}
 	return notFound("not found: no " + ext + " files here")
 }
@@ -128,6 +159,43 @@ func answer(w http.ResponseWriter, contentType string, data []byte, err error) e
 	w.Header().Set("Content-Type", contentType)
 	_, _ = w.Write(data) // a client that left needs no answer
 	return nil
+}
+
+// copyBody copies a body to the client, after which an error is too late for a
+// status.
+func copyBody(w http.ResponseWriter, body io.Reader) error {
+	if _, err := io.Copy(w, body); err != nil {
+		return fmt.Errorf("%w: %w", http.ErrAbortHandler, err)
+	}
+	return nil
+}
+
+// serveSumDB passes a request for a checksum database on to the first upstream
+// proxy that has an answer, as the go command does with several proxies.
+func (p *proxy) serveSumDB(w http.ResponseWriter, r *http.Request) error {
+	if path.Clean(r.URL.Path) != r.URL.Path {
+		return notFound("not found: " + r.URL.Path) // no way out of /sumdb/
+	}
+	for _, upstream := range p.upstreams {
+		req, err := http.NewRequestWithContext(r.Context(), http.MethodGet, upstream+r.URL.EscapedPath(), nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		switch resp.StatusCode {
+		case http.StatusOK:
+			w.Header().Set("Content-Type", resp.Header.Get("Content-Type"))
+			return copyBody(w, resp.Body)
+		case http.StatusNotFound, http.StatusGone:
+		default:
+			return fmt.Errorf("%s: %s", resp.Request.URL.Redacted(), resp.Status)
+		}
+	}
+	return notFound("not found: no upstream proxy has " + r.URL.Path)
 }
 
 // fetch brings a version into the bucket. Requests that miss the same version
