@@ -62,6 +62,7 @@ func TestDemo(t *testing.T) {
 	assert.Contains(t, steps[10], " put ")
 	assert.Equal(t, " state size missing version\n complete example.com/hello@v1.0.0", states(steps[11]))
 	assert.Equal(t, "It has the same checksums as before.\n", steps[12])
+	assert.NotContains(t, out.String(), "level=")
 
 	err = run(t.Context(), []string{"example.com/hello@v1.9.0"}, io.Discard)
 	assert.ErrorContains(t, err, "example.com/hello@v1.9.0")
@@ -71,7 +72,8 @@ func TestDemo(t *testing.T) {
 // TestDemoFails has every step of the demo come out otherwise than it says.
 func TestDemoFails(t *testing.T) {
 	upstream := newUpstream(t)
-	bucket, store := newBucket(t)
+	fake, bucket := newBucket(t)
+	store := gcs.NewStorage(bucket)
 	d := demo{out: io.Discard, store: store}
 	require.NoError(t, d.downloadTwice(t.Context(), []string{"example.com/hello@v1.0.0"}))
 	assert.EqualError(t, d.printStates(t.Context(), d.downloaded, gcs.Partial),
@@ -80,6 +82,14 @@ func TestDemoFails(t *testing.T) {
 	other.Sum = "h1:other"
 	assert.EqualError(t, d.passAgain(t.Context(), &proxy{store: store}, []download{other}),
 		"example.com/hello@v1.0.0: other checksums than before")
+	fake.OnAnswer(func(_ context.Context, r *fakegcs.Request) {
+		if r.Op == "list" && r.Object == "example.com/hello/@v/" { // the second step
+			fake.Remove("example.com/hello/@v/v1.0.0.zip")
+		}
+	})
+	assert.ErrorContains(t, d.downloadTwice(t.Context(), []string{"example.com/hello@v1.0.0"}), "404 Not Found", "was upstream asked?")
+	fake.OnAnswer(nil)
+	require.NoError(t, d.passAgain(t.Context(), &proxy{store: store}, d.downloaded))
 	require.NoError(t, os.RemoveAll(upstream))
 	assert.ErrorContains(t, d.heal(t.Context(), bucket), "404 Not Found")
 	assert.Error(t, d.heal(t.Context(), bucket), "nothing left to delete")
@@ -148,7 +158,8 @@ func TestArguments(t *testing.T) {
 // TestBadRequests asks for what the go command must not be bothered with.
 func TestBadRequests(t *testing.T) {
 	newUpstream(t)
-	_, store := newBucket(t)
+	_, bucket := newBucket(t)
+	store := gcs.NewStorage(bucket)
 	t.Setenv("PATH", "") // no go command
 	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(entry) {}})
 	defer server.Close()
@@ -184,7 +195,7 @@ func TestLog(t *testing.T) {
 		assert.Regexp(t, fmt.Sprintf(`^time=\d{4}-\d\d-\d\dT\d\d:\d\d:\S+ level=\w+ msg=request status=%d path=\S+ `, status), line)
 		if status == http.StatusInternalServerError {
 			assert.Contains(t, line, "level=ERROR")
-			assert.Regexp(t, `error=".*connection refused`, line)
+			assert.Regexp(t, `error=".*127\.0\.0\.1:1`, line)
 		}
 	}
 }
@@ -210,8 +221,11 @@ func TestChecksumDatabase(t *testing.T) {
 	mux.Handle("/sumdb/sum.example.test/", http.StripPrefix("/sumdb/sum.example.test", database))
 	mux.HandleFunc("/sumdb/sum.example.test/supported", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("/sumdb/broken.example.test/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) })
-	mux.HandleFunc("/secret", func(http.ResponseWriter, *http.Request) { t.Error("not a checksum database") })
-	upstream := httptest.NewServer(mux)
+	mux.HandleFunc("/sumdb/short.example.test/", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Length", "9") })
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		assert.NotContains(t, r.URL.Path, "..")
+		mux.ServeHTTP(w, r)
+	}))
 	defer upstream.Close()
 	without := httptest.NewServer(http.FileServer(http.Dir(t.TempDir())))
 	defer without.Close()
@@ -229,7 +243,10 @@ func TestChecksumDatabase(t *testing.T) {
 	require.NoError(t, download())
 	httpGet(t, proxy+"/sumdb/other.example.test/supported", http.StatusNotFound)
 	httpGet(t, proxy+"/sumdb/broken.example.test/supported", http.StatusInternalServerError)
+	httpGet(t, proxy+"/sumdb/../secret", http.StatusNotFound)
 	httpGet(t, proxy+"/sumdb/..%2fsecret", http.StatusNotFound)
+	_, err = http.Get(proxy + "/sumdb/short.example.test/supported")
+	assert.ErrorIs(t, err, io.EOF, "an answer cut short looks whole")
 
 	_, vkey, err = note.GenerateKey(rand.Reader, "sum.example.test")
 	require.NoError(t, err)
@@ -305,7 +322,8 @@ func main() { print(greet.Text) }
 
 func TestMissesShareOneDownload(t *testing.T) {
 	newUpstream(t)
-	_, store := newBucket(t)
+	_, bucket := newBucket(t)
+	store := gcs.NewStorage(bucket)
 	var mu sync.Mutex
 	puts := 0
 	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(e entry) {
@@ -387,15 +405,14 @@ func httpGet(t *testing.T, url string, status int) string {
 }
 
 // newBucket returns an empty bucket.
-func newBucket(t *testing.T) (*storage.BucketHandle, *gcs.Storage) {
+func newBucket(t *testing.T) (*fakegcs.Server, *storage.BucketHandle) {
 	t.Helper()
 	fake := fakegcs.New()
 	t.Cleanup(fake.Close)
 	client, err := newClient(t.Context(), fake)
 	require.NoError(t, err)
 	t.Cleanup(func() { client.Close() })
-	bucket := client.Bucket(fakegcs.Bucket)
-	return bucket, gcs.NewStorage(bucket)
+	return fake, client.Bucket(fakegcs.Bucket)
 }
 
 const untagged = "v0.0.0-20240102030405-0123456789ab"
