@@ -76,14 +76,8 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	} else if err != nil {
 		return usageError{err}
 	}
-	for _, arg := range flags.Args() {
-		path, version, _ := strings.Cut(arg, "@")
-		if err := module.CheckPath(path); err != nil {
-			return usageError{err}
-		}
-		if version == "" {
-			return usageError{fmt.Errorf("%s: no version; the newest is %[1]s@latest", path)}
-		}
+	if err := checkModules(flags.Args()); err != nil {
+		return usageError{err}
 	}
 	if *name != "" && *emulator != "" {
 		return usageError{errors.New("-emulator serves the bucket in memory, not that of -bucket")}
@@ -100,14 +94,11 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	}
 	defer client.Close()
 	if *emulator != "" {
-		l, err := net.Listen("tcp", *emulator)
+		stop, err := serveEmulator(out, fake, *emulator)
 		if err != nil {
 			return err
 		}
-		server := &http.Server{Handler: fake.Handler(), ReadHeaderTimeout: 10 * time.Second}
-		defer server.Close()
-		go func() { _ = server.Serve(l) }() // until Close
-		fmt.Fprintf(out, "bucket %s is at STORAGE_EMULATOR_HOST=%s\n", *name, address(l))
+		defer stop()
 	}
 
 	log := slog.New(slog.NewTextHandler(out, nil))
@@ -138,6 +129,32 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	}
 	fmt.Fprintf(out, "bucket %s; use it with GOPROXY=http://%s go get MODULE\n", *name, address(l))
 	return serve(ctx, l, &proxy{store: store, upstreams: upstreams, report: func(e entry) { e.log(log) }})
+}
+
+// checkModules returns an error if an argument is not MODULE@VERSION.
+func checkModules(args []string) error {
+	for _, arg := range args {
+		path, version, _ := strings.Cut(arg, "@")
+		if err := module.CheckPath(path); err != nil {
+			return err
+		}
+		if version == "" {
+			return fmt.Errorf("%s: no version; the newest is %[1]s@latest", path)
+		}
+	}
+	return nil
+}
+
+// serveEmulator serves the emulated bucket to other programs until stop is called.
+func serveEmulator(out io.Writer, fake *fakegcs.Server, addr string) (stop func() error, err error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	server := &http.Server{Handler: fake.Handler(), ReadHeaderTimeout: 10 * time.Second}
+	go func() { _ = server.Serve(l) }() // until Close
+	fmt.Fprintf(out, "bucket %s is at STORAGE_EMULATOR_HOST=%s\n", fakegcs.Bucket, address(l))
+	return server.Close, nil
 }
 
 // newClient returns a client whose requests are metered. They go to fake, if
