@@ -376,9 +376,9 @@ func TestNextSaveCommits(t *testing.T) {
 }
 
 // fence lets b take the version over from a, whose clock is an hour ahead, so that
-// b's marker looks stale to a. It calls save for b, and returns what a's save
-// returned, and when.
-func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (err error, at time.Time) {
+// b's marker looks stale to a. It calls save for b, and returns when a's
+// save returned, and what.
+func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (at time.Time, err error) {
 	t.Helper()
 	machine, b := f.Machine("a"), f.Machine("b")
 	s := newStorage(machine.Bucket)
@@ -403,7 +403,7 @@ func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (
 	time.Sleep(time.Second)
 	save(b)
 	group.Wait()
-	return err, at
+	return at, err
 }
 
 // A save that was fenced believes a marker that looks stale while it changes: the
@@ -411,7 +411,7 @@ func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (
 func TestFencedIsPatient(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		err, _ := fence(t, f, a, func(m *fakegcs.Machine) {
+		_, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(b.zip))
 			require.NoError(t, b.saveFrom(t.Context(), newStorage(m.Bucket), zip))
 		})
@@ -425,7 +425,7 @@ func TestFencedTakesOverFromCrashed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
 		var crashed time.Time
-		err, at := fence(t, f, a, func(m *fakegcs.Machine) {
+		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()
 			time.AfterFunc(10*time.Minute, func() { // b has held the version for 8 minutes
@@ -446,7 +446,7 @@ func TestFencedTakesOverFromFailed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
 		var failed time.Time
-		err, at := fence(t, f, a, func(m *fakegcs.Machine) {
+		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			zip := io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
 			require.ErrorIs(t, contentOf("b", 100).saveFrom(t.Context(), newStorage(m.Bucket), zip), io.ErrUnexpectedEOF)
 			failed = time.Now()
