@@ -152,6 +152,9 @@ func stockListening(t *testing.T) server {
 
 // stockProgram stores objects in files, as it does unless it is told otherwise.
 func stockProgram(t *testing.T) server {
+	if raceDetector {
+		t.Skip("the race detector sees nothing of another process")
+	}
 	program := filepath.Join(t.TempDir(), "fake-gcs-server")
 	if out, err := exec.Command("go", "build", "-o", program, "github.com/fsouza/fake-gcs-server").CombinedOutput(); err != nil {
 		t.Skipf("fake-gcs-server cannot be built here: %v: %s", err, out)
