@@ -90,7 +90,7 @@ func newDatabase(ctx context.Context, gosumdb string, transport http.RoundTrippe
 		unknown:   map[string]string{},
 	}
 	if d.base == "" {
-		d.base = d.route(cmp.Or(os.Getenv("GOPROXY"), "https://proxy.golang.org,direct"))
+		d.base = d.route(cmp.Or(os.Getenv("GOPROXY"), "direct"))
 	}
 	if _, err := d.ReadRemote("/latest"); err != nil {
 		return nil, fmt.Errorf("%s does not answer: %w", d.server, err)

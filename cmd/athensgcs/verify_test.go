@@ -191,7 +191,7 @@ func TestVerifyFine(t *testing.T) {
 	assert.Empty(t, stderr)
 	assert.Equal(t, statusOK, status)
 	for _, request := range db.requests {
-		assert.True(t, strings.HasPrefix(request, "sum.example.com/") || strings.HasPrefix(request, "proxy.golang.org/"), request)
+		assert.True(t, strings.HasPrefix(request, "sum.example.com/"), request)
 	}
 }
 
