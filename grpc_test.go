@@ -3,6 +3,7 @@ package gcs
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -177,10 +178,12 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 		t.Run(fault.String(), func(t *testing.T) {
 			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				for n := 0; ; n++ {
-					hit := false
+					var hit atomic.Bool
 					f.ResetLog()
 					f.fault(fault, func(r *fakegcs.Request) bool {
-						hit = hit || r.N == n
+						if r.N == n {
+							hit.Store(true)
+						}
 						return r.N == n
 					})
 					vers := fmt.Sprintf("v1.%d.0", n)
@@ -188,7 +191,7 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 					ok, err := s.Exists(t.Context(), "m", vers)
 					require.NoError(t, err)
 					require.True(t, ok)
-					if !hit {
+					if !hit.Load() {
 						break
 					}
 				}

@@ -428,10 +428,8 @@ func TestFencedTakesOverFromCrashed(t *testing.T) {
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()
-			time.AfterFunc(10*time.Minute, func() { // b has held the version for 8 minutes
-				m.Crash()
-				crashed = time.Now()
-			})
+			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
+			time.AfterFunc(10*time.Minute, m.Crash)
 			require.Error(t, contentOf("b", 100).saveFrom(ctx, newStorage(m.Bucket), sleepReader(15*time.Minute)))
 		})
 		require.NoError(t, err)
