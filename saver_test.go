@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -517,14 +518,13 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 		time.Sleep(time.Second)
 		a, b := contentOf("a", 100), contentOf("b", 200)
-		tookOver := false
+		var tookOver atomic.Bool
 		committed := make(chan error, 1)
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			switch {
 			case r.Machine == "b" && r.Op == "patch":
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
-			case r.Machine == "a" && r.Object != objectName(extMod) && tookOver:
-				tookOver = false
+			case r.Machine == "a" && r.Object != objectName(extMod) && tookOver.CompareAndSwap(true, false):
 				s := f.storage("b")
 				s.now = func() time.Time { return time.Now().Add(time.Hour) }
 				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
@@ -534,7 +534,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 		})
 		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) && r.Applied {
-				tookOver = true
+				tookOver.Store(true)
 			}
 		})
 		requireKind(t, a.save(t.Context(), f.storage("a")), KindAlreadyExists)
