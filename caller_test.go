@@ -253,7 +253,7 @@ func TestBadPrefix(t *testing.T) {
 func TestPrefixOfLongName(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		long := strings.Repeat("m", maxObjectName-len("/@v/v1.0.0.info"))
-		without, below := f.storage("m"), NewStorage(f.Machine("m").Bucket, WithPrefix("a"))
+		without, below := NewStorage(f.Machine("m").Bucket), NewStorage(f.Machine("m").Bucket, WithPrefix("a"))
 		_, err := without.Exists(t.Context(), long, testVersion)
 		require.NoError(t, err)
 		f.ResetLog()

@@ -56,6 +56,14 @@ func (f *fakeGCS) SetMetadata(name string, metadata map[string]string) {
 
 func (f *fakeGCS) Get(name string) *fakegcs.Object { return f.Server.Get(testPrefix + name) }
 
+func (f *fakeGCS) Objects() map[string]*fakegcs.Object {
+	objects := map[string]*fakegcs.Object{}
+	for name, o := range f.Server.Objects() {
+		objects[strings.TrimPrefix(name, testPrefix)] = o
+	}
+	return objects
+}
+
 func (f *fakeGCS) Remove(name string) { f.Server.Remove(testPrefix + name) }
 
 func (f *fakeGCS) Names() []string {

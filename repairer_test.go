@@ -37,8 +37,8 @@ func TestRepairStates(t *testing.T) {
 				case c.state == Unfinished:
 					mod := f.Get(objectName(extMod))
 					require.Empty(t, mod.Metadata)
-					require.Equal(t, want[mod.Name].Generation, mod.Generation)
-					want[mod.Name] = mod
+					require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
+					want[objectName(extMod)] = mod
 				}
 				require.Equal(t, want, f.Objects())
 				again, err := s.Repair(t.Context(), testModule, testVersion)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -133,7 +134,7 @@ type rehearsal struct {
 	left     map[string]int // faults
 	switches int            // preemptions
 	last     *actor         // who moved last
-	jumped   time.Duration  // of all clocks
+	jumped   atomic.Int64   // of all clocks, a time.Duration
 	jumps    int
 	changes  int               // of the bucket and the clocks
 	names    map[string]string // of save ids, generations and contents
@@ -228,13 +229,17 @@ func (r *rehearsal) onAnswer(ctx context.Context, q *fakegcs.Request) {
 	}
 	if r.split && e.fault == fakegcs.NoFault {
 		r.mu.Unlock()
+		abandoned := false
 		select {
 		case <-e.deliver:
 		case <-r.over:
 		case <-ctx.Done():
-			e.said = "abandoned"
+			abandoned = true
 		}
 		r.mu.Lock()
+		if abandoned {
+			e.said = "abandoned"
+		}
 	}
 	r.drop(e)
 	r.tell(e, e.said)
@@ -304,7 +309,7 @@ func (r *rehearsal) metadataAs(m map[string]string) (s string) {
 		if t, err := time.Parse(time.RFC3339Nano, v); err == nil {
 			v = "given up"
 			if t.After(givenUp) {
-				v = fmt.Sprintf("%.0f", float64(time.Since(t)+r.jumped)/float64(scheduleThreshold/renewals))
+				v = fmt.Sprintf("%.0f", float64(time.Since(t)+time.Duration(r.jumped.Load()))/float64(scheduleThreshold/renewals))
 			}
 		}
 		s += " " + k + ":" + v
@@ -535,7 +540,7 @@ func (r *rehearsal) land(e *event) {
 
 // jump lets the stale threshold pass on all clocks. No request times out.
 func (r *rehearsal) jump() {
-	r.jumped += scheduleThreshold + scheduleThreshold/renewals
+	r.jumped.Add(int64(scheduleThreshold + scheduleThreshold/renewals))
 	r.jumps++
 	r.changes++
 }
@@ -554,7 +559,7 @@ func (r *rehearsal) timePasses() {
 				return
 			}
 			r.release(e, fakegcs.NoFault)
-			synctest.Wait()
+			r.wait()
 		}
 	}
 }
@@ -570,15 +575,32 @@ func (r *rehearsal) settle() {
 }
 
 func (r *rehearsal) sleepUntil(limit time.Duration, met func() bool) bool {
-	synctest.Wait()
-	for end := time.After(limit); !met(); synctest.Wait() {
-		select {
-		case <-r.arrived:
-		case <-end:
+	r.wait()
+	for end := time.After(limit); !met(); r.wait() {
+		if !r.sleepUntilEither(r.arrived, end) {
 			return false
 		}
 	}
 	return true
+}
+
+// sleepUntilEither reports whether it was the first that happened.
+func (r *rehearsal) sleepUntilEither(first <-chan struct{}, late <-chan time.Time) bool {
+	r.mu.Unlock()
+	defer r.mu.Lock()
+	select {
+	case <-first:
+		return true
+	case <-late:
+		return false
+	}
+}
+
+// wait returns when every actor is blocked. The explorer holds mu but while it waits.
+func (r *rehearsal) wait() {
+	r.mu.Unlock()
+	synctest.Wait()
+	r.mu.Lock()
 }
 
 // state describes all that decides what can happen from here on.
@@ -646,10 +668,8 @@ func (r *rehearsal) add(do role) *actor {
 		return nil
 	}})
 	a.s = NewStorage(a.m.Bucket, WithStaleThreshold(scheduleThreshold), WithChunkSize(256<<10))
-	a.s.now = func() time.Time { return time.Now().Add(do.skew + r.jumped) }
+	a.s.now = func() time.Time { return time.Now().Add(do.skew + time.Duration(r.jumped.Load())) }
 	a.s.rand = func(time.Duration) time.Duration { return 0 } // a replay meets the same
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.actors = append(r.actors, a)
 	return a
 }
@@ -677,9 +697,8 @@ func (r *rehearsal) epilogue() {
 		r.play(last, last.role)
 		r.play(last, exists("last", 0))
 	})
-	select {
-	case <-ended:
-	case <-time.After(10 * time.Second):
+	late := time.After(10 * time.Second)
+	if !r.sleepUntilEither(ended, late) {
 		r.report("a save that follows has not ended in 10 s")
 		return
 	}
@@ -768,6 +787,8 @@ func (sc *scene) explore(t *testing.T, limit time.Duration) *exploration {
 func (ex *exploration) follow(b *branch) {
 	r, path, last := ex.rehearse(), b.path(), uint64(0)
 	defer r.end()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for _, a := range r.actors {
 		r.group.Go(func() {
 			defer r.wake()

@@ -65,7 +65,7 @@ func (o *origin) stasher(s *Storage) Stasher {
 			o.calls = map[string]int{}
 		}
 		o.calls[vers]++
-		n := o.total()
+		n := o.sum()
 		o.now++
 		o.most = max(o.most, o.now)
 		o.mu.Unlock()
@@ -92,8 +92,15 @@ func (o *origin) stasher(s *Storage) Stasher {
 	})
 }
 
-// total is called with mu held, or when all fetches are done.
+// total returns how many fetches have begun.
 func (o *origin) total() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.sum()
+}
+
+// sum is total with mu held.
+func (o *origin) sum() int {
 	n := 0
 	for _, calls := range o.calls {
 		n += calls
@@ -587,9 +594,9 @@ func TestSingleFlightErrors(t *testing.T) {
 // is given back, and who comes next flies anew.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		calls := 0
+		var calls atomic.Int64
 		stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
-			calls++
+			calls.Add(1)
 			runtime.Goexit()
 			return "", nil
 		}))
@@ -598,7 +605,7 @@ func TestSingleFlightNextExits(t *testing.T) {
 			defer cancel()
 			_, err := stasher.Stash(ctx, testModule, vers)
 			require.ErrorIs(t, err, context.DeadlineExceeded)
-			require.Equal(t, i+1, calls)
+			require.EqualValues(t, i+1, calls.Load())
 			require.Empty(t, locks(f))
 		}
 	})
