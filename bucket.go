@@ -121,10 +121,11 @@ func sleep(ctx context.Context, d time.Duration) error {
 // ifUnchanged is the precondition that the object is still the one seen, with the
 // same metadata, or still absent.
 func ifUnchanged(seen *storage.ObjectAttrs) storage.Conditions {
-	if seen == nil {
-		return storage.Conditions{DoesNotExist: true}
+	cond := ifNotReplaced(seen)
+	if seen != nil {
+		cond.MetagenerationMatch = seen.Metageneration
 	}
-	return storage.Conditions{GenerationMatch: seen.Generation, MetagenerationMatch: seen.Metageneration}
+	return cond
 }
 
 // ifNotReplaced is the precondition that the object is still the one seen,

@@ -42,22 +42,15 @@ func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]Mo
 	// One version more tells that it is not the last page.
 	objects := min(3*min(pageSize, maxPage)+3, maxPage)
 	page := []ModuleVersion{}
-	for found, err := range s.scan(ctx, prefix, after, objects) {
-		var ok bool
-		if err == nil {
-			ok, err = s.isListed(ctx, found)
-		}
+	for v, err := range s.completed(ctx, prefix, after, objects) {
 		if err != nil {
 			return nil, "", err
-		}
-		if !ok {
-			continue
 		}
 		if len(page) == pageSize {
 			last := page[len(page)-1]
 			return page, version{last.Module, last.Version}.object(extZip), nil
 		}
-		page = append(page, ModuleVersion{found.module, found.version.version})
+		page = append(page, ModuleVersion{v.module, v.version})
 	}
 	return page, "", nil
 }

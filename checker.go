@@ -73,7 +73,7 @@ func (s *Storage) resolve(ctx context.Context, v version, seen snapshot) (_ snap
 func (s *Storage) judge(ctx context.Context, v version, seen snapshot) (snapshot, State, error) {
 	for {
 		state := s.state(seen)
-		if _, marked := readMarker(seen.mod); state != Partial || marked || !seen.whole() {
+		if state != Partial || !seen.whole() {
 			return seen, state, nil
 		}
 		again, err := s.bucket.look(ctx, v)

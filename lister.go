@@ -16,26 +16,11 @@ func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
 		return nil, c.end(err)
 	}
 	list := []string{}
-	for found, err := range s.scan(ctx, prefix, "", maxPage) {
-		var ok bool
-		if err == nil {
-			ok, err = s.isListed(ctx, found)
-		}
+	for v, err := range s.completed(ctx, prefix, "", maxPage) {
 		if err != nil {
 			return nil, c.end(err)
 		}
-		if ok {
-			list = append(list, found.version.version)
-		}
+		list = append(list, v.version)
 	}
 	return list, c.end(nil)
-}
-
-// isListed reports whether a version that a scan has met is complete, and completes
-// it if it is unfinished and the caller may.
-func (s *Storage) isListed(ctx context.Context, found listing) (bool, error) {
-	if found.state == Unfinished {
-		return s.isComplete(ctx, found.version, found.snapshot)
-	}
-	return found.state == Complete, nil
 }

@@ -14,8 +14,9 @@ import "context"
 // Every change is conditional on what Repair has seen. If somebody else changes the
 // version at the same time, Repair looks again.
 //
-// It makes 1 request for a version that needs nothing, 2 to finish one, and up to 6
-// to remove one; one more removes a claim. It is safe for concurrent use.
+// It makes 1 request for a version that needs nothing (2 if its objects were copied
+// from another bucket, see [Storage.Exists]), 2 to finish one, and up to 6 to remove
+// one; one more removes a claim. It is safe for concurrent use.
 func (s *Storage) Repair(ctx context.Context, module, vers string) (State, error) {
 	v := version{module, vers}
 	ctx, c := s.begin(ctx, "Repair", v)

@@ -130,11 +130,11 @@ func (g *saving) attempt(ctx context.Context) (err error) {
 	err = errPanicked
 	stored := false
 	defer func() { err = g.release(ctx, stored, err) }()
-	if holdErr := g.hold(ctx); holdErr != nil {
-		return holdErr
+	if err := g.hold(ctx); err != nil {
+		return err
 	}
-	if storeErr := g.store(ctx); storeErr != nil {
-		return storeErr
+	if err := g.store(ctx); err != nil {
+		return err
 	}
 	stored = true
 	return g.lease.commit(ctx)
@@ -327,7 +327,7 @@ func (g *saving) release(ctx context.Context, stored bool, err error) error {
 	switch {
 	case errors.Is(releaseErr, errCleared) && g.zip.err == nil:
 		return nil
-	case releaseErr != nil:
+	case releaseErr != nil && !errors.Is(releaseErr, errCleared):
 		g.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
 			"module", g.v.module, "version", g.v.version, "error", releaseErr)
 	}

@@ -140,18 +140,30 @@ func (s *Storage) close(ctx context.Context, open map[version]*snapshot, next st
 	return true
 }
 
+// completed scans for the complete versions. It finishes an unfinished one if the
+// caller may.
+func (s *Storage) completed(ctx context.Context, prefix, after string, size int) iter.Seq2[version, error] {
+	return func(yield func(version, error) bool) {
+		for found, err := range s.scan(ctx, prefix, after, size) {
+			complete := found.state == Complete
+			if err == nil && found.state == Unfinished {
+				complete, err = s.isComplete(ctx, found.version, found.snapshot)
+			}
+			if (complete || err != nil) && !yield(found.version, err) {
+				return
+			}
+		}
+	}
+}
+
 func compareVersions(a, b version) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }
 
 // found judges a version by the objects that the pages showed. What is neither
 // complete nor in progress there is listed once more.
 func (s *Storage) found(ctx context.Context, v version, seen snapshot) (listing, error) {
-	state := s.state(seen)
-	var err error
-	if state != Complete && state != InProgress {
-		if !seen.whole() || state != Partial {
-			seen, err = s.bucket.look(ctx, v)
-		}
-		if err == nil {
+	seen, state, err := s.judge(ctx, v, seen)
+	if err == nil && state != Complete && state != InProgress {
+		if seen, err = s.bucket.look(ctx, v); err == nil {
 			seen, state, err = s.judge(ctx, v, seen)
 		}
 	}

@@ -669,7 +669,7 @@ func (r *rehearsal) add(do role) *actor {
 	}})
 	a.s = NewStorage(a.m.Bucket, WithStaleThreshold(scheduleThreshold), WithChunkSize(256<<10))
 	a.s.now = func() time.Time { return time.Now().Add(do.skew + time.Duration(r.jumped.Load())) }
-	a.s.rand = func(time.Duration) time.Duration { return 0 } // a replay meets the same
+	a.s.bucket.rand = func(time.Duration) time.Duration { return 0 } // a replay meets the same
 	r.actors = append(r.actors, a)
 	return a
 }

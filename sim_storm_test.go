@@ -242,7 +242,7 @@ func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts .
 	m.Bucket = m.Bucket.Retryer(storage.WithBackoff(gax.Backoff{Initial: 1, Max: 1}))
 	m.s = newStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
 	m.s.now = func() time.Time { return time.Now().Add(skew) }
-	m.s.rand = func(n time.Duration) time.Duration { return time.Duration(w.chance(name).Int64N(int64(n))) }
+	m.s.bucket.rand = func(n time.Duration) time.Duration { return time.Duration(w.chance(name).Int64N(int64(n))) }
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -62,7 +62,6 @@ type Storage struct {
 	wrap      func(*Error) error
 	threshold atomic.Int64 // stale threshold, a time.Duration
 	now       func() time.Time
-	rand      func(n time.Duration) time.Duration
 	telemetry telemetry
 	noClaims  atomic.Bool // the bucket does not permit claims; see SingleFlight
 }
@@ -140,11 +139,11 @@ func NewStorage(bucketHandle *storage.BucketHandle, opts ...Option) *Storage {
 			handle:    bucketHandle.Retryer(storage.WithPolicy(storage.RetryNever)),
 			retrying:  bucketHandle.Retryer(storage.WithErrorFunc(isTransient)),
 			chunkSize: defaultChunkSize,
+			rand:      rand.N[time.Duration],
 		},
 		log:       slog.New(slog.DiscardHandler),
 		wrap:      func(e *Error) error { return e },
 		now:       time.Now,
-		rand:      rand.N[time.Duration],
 		telemetry: newTelemetry(),
 	}
 	s.SetStaleThreshold(DefaultStaleThreshold)
@@ -155,7 +154,6 @@ func NewStorage(bucketHandle *storage.BucketHandle, opts ...Option) *Storage {
 		opt(s)
 	}
 	s.bucket.log = s.log
-	s.bucket.rand = func(n time.Duration) time.Duration { return s.rand(n) }
 	return s
 }
 

@@ -48,7 +48,7 @@ func (s *Storage) pollPause(waited time.Duration) time.Duration {
 	if waited > 1500*time.Millisecond {
 		pause = min(max(waited/10, 1600*time.Millisecond), 2*time.Second)
 	}
-	return pause - s.rand(pause/20)
+	return pause - s.bucket.rand(pause/20)
 }
 
 // tookOver tells of a marker that was taken over because its holder stopped

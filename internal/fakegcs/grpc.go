@@ -284,13 +284,9 @@ func (a *reply) persisted() int64 {
 	return n + 1
 }
 
-func (r *rpc) getObject() error {
-	req, err := r.receive()
-	if err != nil {
-		return err
-	}
-	path, query := target(req.fields, req.fields, text(req.fields, "object"))
-	a, err := r.do(http.MethodGet, path, query, nil, nil)
+// doObject makes a request, and sends the object of its answer.
+func (r *rpc) doObject(method, path string, query url.Values, body []byte) error {
+	a, err := r.do(method, path, query, nil, body)
 	if err != nil {
 		return err
 	}
@@ -299,6 +295,15 @@ func (r *rpc) getObject() error {
 		return err
 	}
 	return r.send(o)
+}
+
+func (r *rpc) getObject() error {
+	req, err := r.receive()
+	if err != nil {
+		return err
+	}
+	path, query := target(req.fields, req.fields, text(req.fields, "object"))
+	return r.doObject(http.MethodGet, path, query, nil)
 }
 
 func (r *rpc) deleteObject() error {
@@ -338,15 +343,7 @@ func (r *rpc) updateObject() error {
 		return err
 	}
 	path, query := target(object, req.fields, text(object, "name"))
-	a, err := r.do(http.MethodPatch, path, query, nil, body)
-	if err != nil {
-		return err
-	}
-	o, err := a.object()
-	if err != nil {
-		return err
-	}
-	return r.send(o)
+	return r.doObject(http.MethodPatch, path, query, body)
 }
 
 func (r *rpc) listObjects() error {
