@@ -94,3 +94,12 @@ func TestGuideNamesVersions(t *testing.T) {
 		require.Contains(t, text(t, "../../go.mod"), "\t"+r[1]+" "+r[2]+".")
 	}
 }
+
+// Athens v0.18 imports packages that google.golang.org/genproto has dropped since. The
+// newest dependencies of the library need a genproto without them, and the commands of
+// the guide fail with these.
+func TestAthensBuilds(t *testing.T) {
+	const genproto = "google.golang.org/genproto/googleapis/"
+	out, err := exec.CommandContext(t.Context(), "go", "list", genproto+"devtools/cloudtrace/v2", genproto+"monitoring/v3").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+}
