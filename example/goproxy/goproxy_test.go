@@ -93,6 +93,7 @@ func TestDemoFails(t *testing.T) {
 	require.NoError(t, os.RemoveAll(upstream))
 	assert.ErrorContains(t, d.heal(t.Context(), bucket), "404 Not Found")
 	assert.Error(t, d.heal(t.Context(), bucket), "nothing left to delete")
+	assert.Empty(t, fake.Log(), "grows as long as the program runs")
 }
 
 // TestEmulator has two programs use the bucket of a third.
@@ -407,7 +408,7 @@ func httpGet(t *testing.T, url string, status int) string {
 // newBucket returns an empty bucket.
 func newBucket(t *testing.T) (*fakegcs.Server, *storage.BucketHandle) {
 	t.Helper()
-	fake := fakegcs.New()
+	fake := newEmulator()
 	t.Cleanup(fake.Close)
 	client, err := newClient(t.Context(), fake)
 	require.NoError(t, err)

@@ -85,7 +85,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 
 	var fake *fakegcs.Server // nil if the bucket is not emulated
 	if *name == "" {
-		fake, *name = fakegcs.New(), fakegcs.Bucket
+		fake, *name = newEmulator(), fakegcs.Bucket
 		defer fake.Close()
 	}
 	client, err := newClient(ctx, fake)
@@ -143,6 +143,13 @@ func checkModules(args []string) error {
 		}
 	}
 	return nil
+}
+
+// newEmulator returns a bucket in memory that holds nothing but its objects.
+func newEmulator() *fakegcs.Server {
+	fake := fakegcs.New()
+	fake.DiscardLog()
+	return fake
 }
 
 // serveEmulator serves the emulated bucket to other programs until stop is called.

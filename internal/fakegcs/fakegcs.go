@@ -41,6 +41,7 @@ type Server struct {
 	sessions   map[string]*session
 	generation int64 // the last one given
 	entries    []*Request
+	unlogged   bool
 	strays     []*call
 	bodies     int // answers whose body is not closed yet
 	machines   map[string]*Machine
@@ -298,7 +299,7 @@ func (f *Server) SetLatency(d time.Duration) {
 	f.latency = d
 }
 
-// log returns the requests so far, in the order of their arrival.
+// Log returns the requests so far, in the order of their arrival.
 func (f *Server) Log() []Request {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -317,6 +318,14 @@ func (f *Server) ResetLog() {
 	for _, m := range f.machines {
 		m.requests = 0
 	}
+}
+
+// DiscardLog ends the log: requests from now on are not in it. A Server that runs for
+// long does not grow by its requests then.
+func (f *Server) DiscardLog() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.unlogged = true
 }
 
 // InFlight counts the requests of the log that have no end yet, and the answers

@@ -839,6 +839,18 @@ func TestFaults(t *testing.T) {
 	})
 }
 
+func TestDiscardLog(t *testing.T) {
+	bubble(t, func(t *testing.T, f *Server, m *Machine) {
+		o := m.Bucket.Object("a").If(storage.Conditions{DoesNotExist: true})
+		f.DiscardLog()
+		mustUpload(t, o, "text", nil)
+		require.Equal(t, []string{"a"}, f.Names())
+		require.Empty(t, f.Log())
+		requests, bodies := f.InFlight()
+		require.Zero(t, requests+bodies)
+	})
+}
+
 func TestCrash(t *testing.T) {
 	bubble(t, func(t *testing.T, f *Server, m *Machine) {
 		f.SetLatency(2 * time.Second)

@@ -371,7 +371,9 @@ func (f *Server) arrive(m *Machine, r *http.Request) *call {
 	}
 	c.N, c.MachineN = len(f.entries), m.requests
 	m.requests++
-	f.entries = append(f.entries, c.Request)
+	if !f.unlogged {
+		f.entries = append(f.entries, c.Request)
+	}
 	return c
 }
 
