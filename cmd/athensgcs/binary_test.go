@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -12,11 +13,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"sync"
 	"testing"
 
+	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
@@ -112,7 +113,7 @@ func testSignal(t *testing.T, binary string) {
 	assertNoFiles(t)
 }
 
-// testProxy has a proxy serve a module, spoils the bucket, and expects the proxy to
+// testProxy has a proxy serve a module, spoils its bucket, and expects the proxy to
 // serve it again after a repair.
 func testProxy(t *testing.T, binary string) {
 	upstream := t.TempDir()
@@ -127,15 +128,17 @@ func testProxy(t *testing.T, binary string) {
 	for name, data := range map[string]string{"list": "v1.0.0\n", "v1.0.0.info": r.info, "v1.0.0.mod": r.mod, "v1.0.0.zip": r.zip} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o666))
 	}
-	b := newBucket(t)
-	b.listen(t)
-	get := startProxy(t)
+	get, emulator := startProxy(t)
+	t.Setenv("STORAGE_EMULATOR_HOST", emulator)
+	client, err := storage.NewClient(t.Context())
+	require.NoError(t, err)
+	defer client.Close()
 
 	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
 	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 
-	b.Remove(r.object("info"))
+	require.NoError(t, client.Bucket(fakegcs.Bucket).Object(r.object("info")).Delete(t.Context()))
 	code, out = output(t, binary, "check", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusFound, code, out)
 	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .info")
@@ -149,13 +152,13 @@ func testProxy(t *testing.T, binary string) {
 	assert.Regexp(t, `^1 version, \d+ B: 0 wrong\n$`, out)
 }
 
-// startProxy starts a proxy on the bucket that listens, and returns what reads a path
-// from it.
-func startProxy(t *testing.T) (get func(path string) string) {
+// startProxy starts a proxy with an emulated bucket, and returns what reads a path from
+// it and the STORAGE_EMULATOR_HOST of the bucket.
+func startProxy(t *testing.T) (get func(path string) string, emulator string) {
 	t.Helper()
 	out, stdout, err := os.Pipe()
 	require.NoError(t, err)
-	proxy := exec.Command(build(t, "../../example/goproxy"), "-bucket", fakegcs.Bucket, "-addr", "127.0.0.1:0")
+	proxy := exec.Command(build(t, "../../example/goproxy"), "-emulator", "127.0.0.1:0", "-addr", "127.0.0.1:0")
 	proxy.Stdout, proxy.Stderr = stdout, stdout
 	require.NoError(t, proxy.Start())
 	stdout.Close()
@@ -164,12 +167,11 @@ func startProxy(t *testing.T) (get func(path string) string) {
 		_ = proxy.Wait()
 	})
 	lines := bufio.NewReader(out)
-	first, err := lines.ReadString('\n')
+	var url string
+	_, err = fmt.Fscanf(lines, "bucket modules is at STORAGE_EMULATOR_HOST=%s\nbucket modules; use it with GOPROXY=%s", &emulator, &url)
 	require.NoError(t, err)
 	go func() { _, _ = lines.WriteTo(io.Discard) }()
-	url := regexp.MustCompile(`http://127\.0\.0\.1:\d+`).FindString(first)
-	require.NotEmpty(t, url, first)
-	return func(path string) string {
+	get = func(path string) string {
 		t.Helper()
 		resp, err := http.Get(url + path)
 		require.NoError(t, err)
@@ -179,6 +181,7 @@ func startProxy(t *testing.T) (get func(path string) string) {
 		require.Equal(t, http.StatusOK, resp.StatusCode, string(body))
 		return string(body)
 	}
+	return get, emulator
 }
 
 // TestGRPC expects -grpc to talk gRPC; the tests of the library say that it works.
