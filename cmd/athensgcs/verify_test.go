@@ -87,12 +87,27 @@ type sumServer struct {
 	answer func(*http.Request) int
 }
 
-func newSumServer(t *testing.T, sums map[string]string) *sumServer {
+func newSumServer(t testing.TB, sums map[string]string) *sumServer {
 	signer, key, err := note.GenerateKey(rand.Reader, "sum.example.com")
 	require.NoError(t, err)
 	s := &sumServer{sums: sums, signer: signer, key: key, answer: func(*http.Request) int { return 0 }}
 	s.restart()
 	return s
+}
+
+// putKnown stores versions v1.0.0 that are right, and has the program ask a checksum
+// database that knows them.
+func (b *bucket) putKnown(modules ...string) *sumServer {
+	b.t.Helper()
+	sums := map[string]string{}
+	for _, module := range modules {
+		r := newRelease(module, "v1.0.0")
+		b.put(r, nil, "info", "mod", "zip")
+		sums[module+"@v1.0.0"] = r.sums(b.t)
+	}
+	db := newSumServer(b.t, sums)
+	b.checksums = db
+	return db
 }
 
 // restart begins a new tree.
@@ -182,10 +197,7 @@ func assertNoFiles(t *testing.T) {
 func TestVerifyFine(t *testing.T) {
 	clearGoEnv(t)
 	b := newBucket(t)
-	r := newRelease("example.com/Fine", "v1.0.0")
-	b.put(r, nil, "info", "mod", "zip")
-	db := newSumServer(t, map[string]string{"example.com/Fine@v1.0.0": r.sums(t)})
-	b.checksums = db
+	db := b.putKnown("example.com/Fine")
 	status, stdout, stderr := b.run("verify", "-sumdb", db.key)
 	assert.Equal(t, "1 version, 418 B: 0 wrong; 1 compared with sum.example.com, 0 unknown to it\n", stdout)
 	assert.Empty(t, stderr)
@@ -209,10 +221,7 @@ func TestSumdbRoute(t *testing.T) {
 		clearGoEnv(t)
 		t.Setenv("GOPROXY", tt.goproxy)
 		b := newBucket(t)
-		r := newRelease("example.com/fine", "v1.0.0")
-		b.put(r, nil, "info", "mod", "zip")
-		db := newSumServer(t, map[string]string{"example.com/fine@v1.0.0": r.sums(t)})
-		b.checksums = db
+		db := b.putKnown("example.com/fine")
 		status, stdout, stderr := b.run("verify", "-sumdb", db.key+tt.url)
 		assert.Equal(t, statusOK, status, stdout+stderr)
 		assert.Contains(t, db.requests, tt.want+"latest")
@@ -265,14 +274,7 @@ func TestSumdbFails(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBucket(t)
-			sums := map[string]string{}
-			for _, name := range []string{"example.com/a", "example.com/b"} {
-				r := newRelease(name, "v1.0.0")
-				b.put(r, nil, "info", "mod", "zip")
-				sums[name+"@v1.0.0"] = r.sums(t)
-			}
-			db := newSumServer(t, sums)
-			b.checksums = db
+			db := b.putKnown("example.com/a", "example.com/b")
 			db.answer = func(req *http.Request) int {
 				if strings.HasPrefix(req.URL.Path, tt.path) && tt.times > 0 {
 					tt.times--
@@ -294,14 +296,7 @@ func TestSumdbFails(t *testing.T) {
 func TestSumdbForks(t *testing.T) {
 	clearGoEnv(t)
 	b := newBucket(t)
-	sums := map[string]string{}
-	for _, name := range []string{"example.com/a", "example.com/b", "example.com/c"} {
-		r := newRelease(name, "v1.0.0")
-		b.put(r, nil, "info", "mod", "zip")
-		sums[name+"@v1.0.0"] = r.sums(t)
-	}
-	db := newSumServer(t, sums)
-	b.checksums = db
+	db := b.putKnown("example.com/a", "example.com/b", "example.com/c")
 	db.answer = func(req *http.Request) int {
 		if strings.HasPrefix(req.URL.Path, "/lookup/example.com/b") {
 			db.restart()
