@@ -1,0 +1,91 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// large returns a release whose zip is a little larger than size.
+func large(module, version string, size int) release {
+	r := newRelease(module, version)
+	filler := make([]byte, size)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(filler)
+	r.zip = newZip(module, version, map[string]string{"go.mod": r.mod, "data": string(filler)})
+	return r
+}
+
+// TestSession expects docs/operations-session.md to show what the program prints, the
+// checksums apart.
+func TestSession(t *testing.T) {
+	clearGoEnv(t)
+	text, err := os.ReadFile("../../docs/operations-session.md")
+	require.NoError(t, err)
+	checksum := regexp.MustCompile(`h1:\S+`)
+	doc := checksum.ReplaceAllString(strings.ReplaceAll(string(text), "\r\n", "\n"), "h1:")
+	synctest.Test(t, func(t *testing.T) {
+		b := newBucket(t)
+		shows := func(command, flags string) {
+			t.Helper()
+			args := command + flags
+			if sum, ok := b.checksums.(*sumServer); ok {
+				args = strings.ReplaceAll(args, "sum.golang.org", sum.key)
+			}
+			status, stdout, stderr := b.run(strings.Fields(args)...)
+			assert.Empty(t, stderr)
+			want := "    $ athensgcs " + command + " -bucket my-modules" + flags
+			if strings.Contains(flags, "-dry-run") {
+				want += "\n"
+			} else {
+				want += "; echo $?\n"
+				stdout += fmt.Sprintln(status)
+			}
+			for line := range strings.Lines(stdout) {
+				want += "    " + line
+			}
+			want = checksum.ReplaceAllString(strings.ReplaceAll(want, "sum.example.com", "sum.golang.org"), "h1:")
+			assert.Contains(t, doc, want+"\n")
+		}
+
+		uuid, mod := large("github.com/google/uuid", "v1.6.0", 98_500), large("golang.org/x/mod", "v0.17.0", 98_500)
+		sync, pkgErrors := large("golang.org/x/sync", "v0.7.0", 30_000), large("github.com/pkg/errors", "v0.9.1", 30_000)
+		quote, sampler := large("rsc.io/quote", "v1.5.2", 23_000), large("rsc.io/sampler", "v1.3.0", 23_000)
+		sums := map[string]string{}
+		for _, r := range []release{uuid, mod, sync, pkgErrors, quote, sampler} {
+			sums[r.module+"@"+r.version] = r.sums(t)
+		}
+		poisoned := pkgErrors
+		poisoned.zip = large(pkgErrors.module, pkgErrors.version, 30_001).zip
+		b.put(poisoned, nil, "info", "mod", "zip")
+		b.put(quote, nil, "info", "mod", "zip")
+		b.put(sampler, nil, "info", "mod", "zip")
+		b.put(release{module: uuid.module, version: uuid.version, info: uuid.info, mod: uuid.mod + strings.Repeat("\n", 1000)}, nil, "info", "mod")
+		time.Sleep(24 * time.Hour)
+		b.put(mod, marked("mod", 0), "mod")
+		b.put(sync, marked("sync", 0), "info", "mod", "zip")
+		time.Sleep(3 * time.Hour)
+		b.put(newRelease("golang.org/x/tools", "v0.21.0"), marked("tools", 0), "mod")
+
+		time.Sleep(12 * time.Second)
+		shows("check", "")
+		_, stdout, _ := b.run("check", "-json")
+		assert.Equal(t, 1, strings.Count(stdout, `"state":"partial"`))
+		time.Sleep(time.Second)
+		shows("repair", " -dry-run")
+		shows("repair", "")
+		b.checksums = newSumServer(t, sums)
+		shows("verify", " -sumdb sum.golang.org")
+		for _, r := range []release{pkgErrors, uuid, mod} {
+			b.put(r, nil, "info", "mod", "zip")
+		}
+		shows("verify", " -sumdb sum.golang.org")
+	})
+}
