@@ -113,7 +113,7 @@ func (p *program) fate(v gcs.VersionStatus) string {
 	case gcs.Complete:
 		return "it is served"
 	case gcs.Unfinished:
-		return "whoever asks for it next finishes it"
+		return "its files are served, and the next list of its module finishes it"
 	case gcs.InProgress:
 		return "its saver is alive"
 	case gcs.Absent:
