@@ -30,7 +30,7 @@ type backend interface {
 type baseline struct{ bucket *storage.BucketHandle }
 
 func (b baseline) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, _, info []byte) error {
-	v := version{module, vers}
+	v := ModuleVersion{module, vers}
 	ok, err := b.Exists(ctx, module, vers)
 	if err != nil {
 		return err
@@ -63,7 +63,7 @@ func upload(ctx context.Context, o *storage.ObjectHandle, data io.Reader) error 
 }
 
 func (b baseline) Exists(ctx context.Context, module, vers string) (bool, error) {
-	v, n := version{module, vers}, 0
+	v, n := ModuleVersion{module, vers}, 0
 	for name, err := range b.names(ctx, v.object("")) {
 		if err != nil {
 			return false, err
@@ -96,11 +96,11 @@ func (b baseline) names(ctx context.Context, prefix string) iter.Seq2[string, er
 }
 
 func (b baseline) Info(ctx context.Context, module, vers string) ([]byte, error) {
-	return b.read(ctx, version{module, vers}.object(extInfo))
+	return b.read(ctx, ModuleVersion{module, vers}.object(extInfo))
 }
 
 func (b baseline) GoMod(ctx context.Context, module, vers string) ([]byte, error) {
-	return b.read(ctx, version{module, vers}.object(extMod))
+	return b.read(ctx, ModuleVersion{module, vers}.object(extMod))
 }
 
 func (b baseline) read(ctx context.Context, name string) ([]byte, error) {
@@ -113,7 +113,7 @@ func (b baseline) read(ctx context.Context, name string) ([]byte, error) {
 }
 
 func (b baseline) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
-	r, err := b.bucket.Object(version{module, vers}.object(extZip)).NewReader(ctx)
+	r, err := b.bucket.Object(ModuleVersion{module, vers}.object(extZip)).NewReader(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -127,14 +127,14 @@ func (b baseline) List(ctx context.Context, module string) ([]string, error) {
 			return nil, err
 		}
 		if v, ext, ok := parseObject(name); ok && ext == extInfo {
-			list = append(list, v.version)
+			list = append(list, v.Version)
 		}
 	}
 	return list, nil
 }
 
 func (b baseline) Delete(ctx context.Context, module, vers string) error {
-	v := version{module, vers}
+	v := ModuleVersion{module, vers}
 	ok, err := b.Exists(ctx, module, vers)
 	if err != nil {
 		return err
@@ -162,7 +162,7 @@ func (b baseline) Catalog(ctx context.Context, token string, pageSize int) ([]Mo
 		}
 		for _, attrs := range objects {
 			if v, ext, ok := parseObject(attrs.Name); ok && ext == extInfo {
-				page = append(page, ModuleVersion{v.module, v.version})
+				page = append(page, v)
 			}
 		}
 		if token = next; token == "" {

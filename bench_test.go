@@ -338,7 +338,7 @@ func (c traffic) report(b *testing.B) {
 func storeVersions(f *fakeGCS, n int) {
 	for i := range n {
 		c := contentOf("a", smallZip/(i+1))
-		v := version{testModule, fmt.Sprintf("v1.0.%d", i)}
+		v := ModuleVersion{testModule, fmt.Sprintf("v1.0.%d", i)}
 		f.Put(v.object(extMod), c.mod, nil)
 		f.Put(v.object(extInfo), c.info, map[string]string{keySaveID: newSaveID()})
 		f.Put(v.object(extZip), c.zip, map[string]string{keySaveID: newSaveID()})

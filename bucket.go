@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -22,19 +23,34 @@ const (
 	retryLimit = 5 * time.Minute
 )
 
+// maxRefused is how often in a row a refused precondition is taken for somebody
+// else's doing.
+const maxRefused = 10
+
 // A bucket makes every request of the package, and retries it.
 type bucket struct {
-	handle    *storage.BucketHandle // each request is made once
-	retrying  *storage.BucketHandle // the client retries: chunks, and streams that break
-	prefix    string                // of all object names: empty, or with a slash at the end
+	handle    *storage.BucketHandle
+	prefix    string // of all object names: empty, or with a slash at the end
 	chunkSize int
 	log       *slog.Logger
 	rand      func(n time.Duration) time.Duration // a random time below n
 	noClear   sync.Once                           // says that the server does not clear metadata
 }
 
+// defaultChunkSize is the client's own default: a round trip each time that many
+// bytes of a large zip are sent.
+const defaultChunkSize = 16 << 20
+
+func newBucket(handle *storage.BucketHandle) *bucket {
+	return &bucket{
+		handle:    handle.Retryer(storage.WithPolicy(storage.RetryNever)),
+		chunkSize: defaultChunkSize,
+		rand:      rand.N[time.Duration],
+	}
+}
+
 // check returns an error of KindBadRequest if the version cannot be in the bucket.
-func (b *bucket) check(v version) error {
+func (b *bucket) check(v ModuleVersion) error {
 	if err := b.checkPrefix(); err != nil {
 		return err
 	}
@@ -72,7 +88,18 @@ func (b *bucket) checkPrefix() error {
 	return nil
 }
 
-func (b *bucket) name(v version, ext string) string { return b.prefix + v.object(ext) }
+func (b *bucket) name(v ModuleVersion, ext string) string { return b.prefix + v.object(ext) }
+
+// object returns the handle of an object whose requests the client makes once.
+func (b *bucket) object(v ModuleVersion, ext string) *storage.ObjectHandle {
+	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryNever))
+}
+
+// streamed returns the handle of an object that is sent or read in several requests,
+// which the client retries.
+func (b *bucket) streamed(v ModuleVersion, ext string) *storage.ObjectHandle {
+	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryIdempotent), storage.WithErrorFunc(isTransient))
+}
 
 // do makes a request, and makes it again when it is not answered in time or fails
 // for a reason that may pass, until the context ends or retryLimit has passed.

@@ -19,7 +19,7 @@ const (
 
 	outcomeStored   = "stored"             // a new version
 	outcomeExisted  = "existed"            // it was complete, or became so while this save waited
-	outcomeTookOver = "took over"          // stored over what another save had left behind
+	outcomeHealed   = "healed"             // stored over what another save, or a delete, had left behind
 	outcomeFinished = "finished another's" // did the last step of another save
 )
 
@@ -28,23 +28,23 @@ type call struct {
 	s       *Storage
 	ctx     context.Context
 	op      string
-	v       version
+	v       ModuleVersion
 	outcome string // set by the method, or derived from its error
 	span    trace.Span
 }
 
 // begin starts a call. The context that it returns carries the span.
-func (s *Storage) begin(ctx context.Context, op string, v version) (context.Context, *call) {
+func (s *Storage) begin(ctx context.Context, op string, v ModuleVersion) (context.Context, *call) {
 	ctx, span := s.telemetry.tracer.Start(ctx, "gcs."+op, trace.WithSpanKind(trace.SpanKindClient))
 	return ctx, &call{s: s, ctx: ctx, op: op, v: v, span: span}
 }
 
 // wrapError returns the error of a call that failed with that cause; nil stays nil.
-func (s *Storage) wrapError(ctx context.Context, op string, v version, cause error) error {
+func (s *Storage) wrapError(ctx context.Context, op string, v ModuleVersion, cause error) error {
 	if cause == nil {
 		return nil
 	}
-	return s.wrap(newError(ctx, op, v.module, v.version, cause))
+	return s.wrap(newError(ctx, op, v.Module, v.Version, cause))
 }
 
 // end ends the call with the error of that cause, which it returns.
@@ -66,7 +66,7 @@ func (c *call) close(err error) {
 		c.outcome = outcomeFailed
 	}
 	if c.span.IsRecording() {
-		c.span.SetAttributes(attribute.String("module", c.v.module), attribute.String("version", c.v.version),
+		c.span.SetAttributes(attribute.String("module", c.v.Module), attribute.String("version", c.v.Version),
 			attribute.String("outcome", c.outcome))
 		if c.outcome == outcomeFailed {
 			c.span.RecordError(err)

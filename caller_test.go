@@ -269,7 +269,7 @@ func TestPrefix(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				s := NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))
 				next := nextFunc(func(ctx context.Context, _, vers string) (string, error) {
-					require.NotNil(t, f.Server.Get("athens/"+objectName(extLock)))
+					require.NotNil(t, f.Server.Get("athens/"+objectName(extClaim)))
 					return vers, contentOf("a", 100).save(ctx, s)
 				})
 				_, err := s.SingleFlight(next).Stash(t.Context(), testModule, testVersion)
@@ -427,7 +427,7 @@ func TestServerThatMergesMetadata(t *testing.T) {
 		defer cancel()
 		for _, vers := range []string{"v1.0.0", "v2.0.0"} {
 			require.NoError(t, saveVersion(ctx, s, testModule, vers))
-			value, ok := f.Get(version{testModule, vers}.object(extMod)).Metadata[keyInProgress]
+			value, ok := f.Get(ModuleVersion{testModule, vers}.object(extMod)).Metadata[keyInProgress]
 			require.True(t, ok)
 			require.Empty(t, value)
 			require.Equal(t, KindAlreadyExists, Kind(saveVersion(ctx, s, testModule, vers)))
@@ -436,7 +436,7 @@ func TestServerThatMergesMetadata(t *testing.T) {
 			require.True(t, ok)
 		}
 		requireList(t, s, testModule, "v1.0.0", "v2.0.0")
-		unfinishedVersion(f, version{testModule, "v3.0.0"})
+		unfinishedVersion(f, ModuleVersion{testModule, "v3.0.0"})
 		ok, err := s.Exists(ctx, testModule, "v3.0.0")
 		require.NoError(t, err)
 		require.True(t, ok)
@@ -481,4 +481,30 @@ func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
 		return nil
 	}})
 	return newStorage(m.Bucket, opts...)
+}
+
+// A client with retry settings of its own changes neither what this package retries
+// nor what it leaves to the client.
+func TestCallersRetrySettings(t *testing.T) {
+	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
+		m := f.Machine("m")
+		s := newStorage(m.Bucket.Retryer(storage.WithPolicy(storage.RetryNever)), WithChunkSize(256<<10))
+		failed := map[string]bool{} // once
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if failed[r.Op] {
+				return fakegcs.NoFault
+			}
+			failed[r.Op] = true
+			return map[bool]fakegcs.Fault{true: fakegcs.LostBody, false: fakegcs.Unavailable}[r.Op == "get"]
+		})
+		c := contentOf("a", 1<<20)
+		require.NoError(t, c.saveFrom(t.Context(), s, plain(bytes.NewReader(c.zip))))
+		zip, err := s.Zip(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		got, err := io.ReadAll(zip)
+		require.NoError(t, err)
+		require.Equal(t, c.zip, got)
+		require.NoError(t, zip.Close())
+		require.Equal(t, map[string]bool{"insert": true, "list": true, "start": true, "chunk": true, "patch": true, "get": true}, failed)
+	})
 }

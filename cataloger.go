@@ -15,17 +15,17 @@ import (
 // of the .zip objects.
 //
 // It makes the requests of [Storage.Scan], and one more for each unfinished version,
-// which it finishes as [Storage.Exists] does. It asks for no more objects first than
-// pageSize complete versions have. It is safe for concurrent use.
+// which it finishes as [Storage.Exists] does. The first asks for the objects of
+// pageSize+1 complete versions, and never for more than 999. It is safe for
+// concurrent use.
 func (s *Storage) Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
-	ctx, c := s.begin(ctx, "Catalog", version{})
+	ctx, c := s.begin(ctx, "Catalog", ModuleVersion{})
 	page, next, err := s.catalog(ctx, token, pageSize)
 	return page, next, c.end(err)
 }
 
 func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
-	prefix, err := s.scanPrefix("")
-	if err != nil {
+	if err := s.bucket.checkPrefix(); err != nil {
 		return nil, "", err
 	}
 	after := ""
@@ -42,15 +42,14 @@ func (s *Storage) catalog(ctx context.Context, token string, pageSize int) ([]Mo
 	// One version more tells that it is not the last page.
 	objects := min(3*min(pageSize, maxPage)+3, maxPage)
 	page := []ModuleVersion{}
-	for v, err := range s.completed(ctx, prefix, after, objects) {
+	for v, err := range s.completed(ctx, s.bucket.prefix, after, objects) {
 		if err != nil {
 			return nil, "", err
 		}
 		if len(page) == pageSize {
-			last := page[len(page)-1]
-			return page, version{last.Module, last.Version}.object(extZip), nil
+			return page, page[len(page)-1].object(extZip), nil
 		}
-		page = append(page, ModuleVersion{v.module, v.version})
+		page = append(page, v)
 	}
 	return page, "", nil
 }

@@ -44,7 +44,7 @@ func catalogOf(t *testing.T, s *Storage, pageSize int) []ModuleVersion {
 // versions in the order of their .zip objects.
 func mixedBucket(f *fakeGCS) []ModuleVersion {
 	now := time.Now()
-	complete := []version{
+	complete := []ModuleVersion{
 		{"a", "v1.0.0"}, {"example.com/m", "v1.0.0"}, {"example.com/m", "v1.0.0-rc.1"}, {"example.com/m", "v1.10.0"},
 		{"example.com/m", "v1"}, {"example.com/m", "v1.j"}, {"example.com/m", "v1.jj"}, {"example.com/m", "v1.z"},
 		{"example.com/m", "v1.zip"}, {"example.com/m", "v1.mod"}, {"example.com/m", "v1.info"},
@@ -52,10 +52,10 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 		{"例え.jp/m", "v1.0.0"}, {"z", "v1.0.0"},
 	}
 	for _, v := range complete {
-		storeVersion(f, v.module, v.version)
+		storeVersion(f, v.Module, v.Version)
 	}
 	for i, exts := range [][]string{{extInfo}, {extMod}, {extZip}, {extInfo, extMod}, {extInfo, extZip}, {extMod, extZip}} {
-		for _, v := range []version{
+		for _, v := range []ModuleVersion{
 			{"example.com/m", fmt.Sprintf("v1.%d.0-partial", i)}, {"example.com/m", fmt.Sprintf("v1.k%d", i)},
 			{fmt.Sprintf("partial%d", i), "v1.0.0"}, {fmt.Sprintf("zz%d", i), "v1.0.0"},
 		} {
@@ -64,8 +64,8 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 			}
 		}
 	}
-	for _, v := range []version{{"example.com/m", "v1.in.progress"}, {"y", "v1.0.0"}} {
-		storeVersion(f, v.module, v.version)
+	for _, v := range []ModuleVersion{{"example.com/m", "v1.in.progress"}, {"y", "v1.0.0"}} {
+		storeVersion(f, v.Module, v.Version)
 		f.Put(v.object(extMod), nil, marked(now, "a"))
 	}
 	for _, name := range []string{
@@ -74,7 +74,7 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 	} {
 		f.Put(name, nil, nil)
 	}
-	slices.SortFunc(complete, func(a, b version) int {
+	slices.SortFunc(complete, func(a, b ModuleVersion) int {
 		if a.object(extZip) < b.object(extZip) {
 			return -1
 		}
@@ -82,7 +82,7 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 	})
 	var want []ModuleVersion
 	for _, v := range complete {
-		want = append(want, ModuleVersion{v.module, v.version})
+		want = append(want, v)
 	}
 	return want
 }
@@ -125,7 +125,7 @@ func TestCatalogDefaultPageSize(t *testing.T) {
 	})
 }
 
-func removeVersion(f *fakeGCS, v version) {
+func removeVersion(f *fakeGCS, v ModuleVersion) {
 	for _, ext := range []string{extInfo, extMod, extZip} {
 		f.Remove(v.object(ext))
 	}
@@ -139,12 +139,12 @@ func TestCatalogWhileChanging(t *testing.T) {
 		suffixes := []string{"", ".a", ".j0", ".k0", ".mod.x", ".zi", ".zip.zip", "-rc", "0"}
 		for seed := range uint64(40) {
 			rnd := rand.New(rand.NewPCG(seed, 0))
-			var passing []version
+			var passing []ModuleVersion
 			between := func() {
 				for range rnd.IntN(6) {
 					beside := want[rnd.IntN(len(want))]
-					v := version{beside.Module, beside.Version + suffixes[rnd.IntN(len(suffixes))]}
-					if slices.Contains(want, ModuleVersion{v.module, v.version}) {
+					v := ModuleVersion{beside.Module, beside.Version + suffixes[rnd.IntN(len(suffixes))]}
+					if slices.Contains(want, v) {
 						continue
 					}
 					passing = append(passing, v)

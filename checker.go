@@ -12,8 +12,8 @@ import "context"
 // the permission for it (storage.objects.update), the version does not exist yet. It
 // makes a second one, too, in a bucket whose objects were copied from another, since
 // they name generations that they had there. It is safe for concurrent use.
-func (s *Storage) Exists(ctx context.Context, module, vers string) (bool, error) {
-	v := version{module, vers}
+func (s *Storage) Exists(ctx context.Context, module, version string) (bool, error) {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Exists", v)
 	err := s.bucket.check(v)
 	var seen snapshot
@@ -29,7 +29,7 @@ func (s *Storage) Exists(ctx context.Context, module, vers string) (bool, error)
 
 // isComplete reports whether a version that was listed is complete, and completes
 // it if it is unfinished and the caller may.
-func (s *Storage) isComplete(ctx context.Context, v version, seen snapshot) (bool, error) {
+func (s *Storage) isComplete(ctx context.Context, v ModuleVersion, seen snapshot) (bool, error) {
 	_, state, _, err := s.resolve(ctx, v, seen)
 	if isForbidden(err) && state == Unfinished {
 		return false, nil
@@ -38,7 +38,7 @@ func (s *Storage) isComplete(ctx context.Context, v version, seen snapshot) (boo
 }
 
 // resolve is judge, except that it finishes an unfinished version, which it reports.
-func (s *Storage) resolve(ctx context.Context, v version, seen snapshot) (_ snapshot, _ State, finished bool, _ error) {
+func (s *Storage) resolve(ctx context.Context, v ModuleVersion, seen snapshot) (_ snapshot, _ State, finished bool, _ error) {
 	for {
 		var state State
 		var err error
@@ -50,7 +50,7 @@ func (s *Storage) resolve(ctx context.Context, v version, seen snapshot) (_ snap
 		// neither whether that save is dead nor who else finishes it.
 		_, err = s.bucket.clear(ctx, v, extMod, ifUnchanged(seen.mod))
 		if err == nil {
-			s.log.InfoContext(ctx, "finished an abandoned save", "module", v.module, "version", v.version)
+			s.log.InfoContext(ctx, "finished another's save", "module", v.Module, "version", v.Version)
 			return seen, Complete, true, nil
 		}
 		if !isRefused(err) && !isAbsent(err) {
@@ -70,7 +70,7 @@ func (s *Storage) resolve(ctx context.Context, v version, seen snapshot) (_ snap
 // judge returns the state of a version that was listed, and the listing that shows
 // it. A version whose objects name another .mod was copied from another bucket, or
 // listed while it was replaced. In the second case a second listing differs.
-func (s *Storage) judge(ctx context.Context, v version, seen snapshot) (snapshot, State, error) {
+func (s *Storage) judge(ctx context.Context, v ModuleVersion, seen snapshot) (snapshot, State, error) {
 	for {
 		state := s.state(seen)
 		if state != Partial || !seen.whole() {

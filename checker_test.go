@@ -91,7 +91,7 @@ func TestExistsStates(t *testing.T) {
 						// The first to see an unfinished version finishes it, so
 						// each method has one of its own.
 						for _, method := range []string{"exists", "list", "catalog"} {
-							v := version{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
+							v := ModuleVersion{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
 							metadata := map[string]map[string]string{
 								extInfo: {keySaveID: ids.info},
 								extMod:  {keySaveID: ids.mod},
@@ -112,7 +112,7 @@ func TestExistsStates(t *testing.T) {
 							case "exists":
 								before := described(f, v.object(extMod))
 								f.ResetLog()
-								got, err := s.Exists(t.Context(), v.module, vers)
+								got, err := s.Exists(t.Context(), v.Module, vers)
 								require.NoError(t, err, name)
 								require.Equal(t, exists, got, name)
 								after := described(f, v.object(extMod))
@@ -125,12 +125,12 @@ func TestExistsStates(t *testing.T) {
 									require.Equal(t, before, after, name)
 								}
 							case "list":
-								got, err := s.List(t.Context(), v.module)
+								got, err := s.List(t.Context(), v.Module)
 								require.NoError(t, err, name)
 								require.Equal(t, exists, slices.Contains(got, vers), name)
 							}
 							if exists {
-								want = append(want, ModuleVersion{v.module, vers})
+								want = append(want, ModuleVersion{v.Module, vers})
 							}
 						}
 					}
@@ -160,15 +160,15 @@ func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
 // To a caller who may not finish it, an unfinished version does not exist.
 func TestExistsWithoutUpdatePermission(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		v := version{"m", "v1.0.0"}
+		v := ModuleVersion{"m", "v1.0.0"}
 		unfinishedVersion(f, v)
 		before := f.Get(v.object(extMod))
 		f.Deny("storage.objects.update")
 
-		ok, err := s.Exists(t.Context(), v.module, v.version)
+		ok, err := s.Exists(t.Context(), v.Module, v.Version)
 		require.NoError(t, err)
 		require.False(t, ok)
-		versions, err := s.List(t.Context(), v.module)
+		versions, err := s.List(t.Context(), v.Module)
 		require.NoError(t, err)
 		require.Empty(t, versions)
 		catalog, _, err := s.Catalog(t.Context(), "", 0)
@@ -177,7 +177,7 @@ func TestExistsWithoutUpdatePermission(t *testing.T) {
 		require.Equal(t, before, f.Get(v.object(extMod)))
 
 		f.Allow("storage.objects.update")
-		ok, err = s.Exists(t.Context(), v.module, v.version)
+		ok, err = s.Exists(t.Context(), v.Module, v.Version)
 		require.NoError(t, err)
 		require.True(t, ok)
 	})
@@ -186,7 +186,7 @@ func TestExistsWithoutUpdatePermission(t *testing.T) {
 // Something happens to an unfinished version between its listing and the
 // request that finishes it.
 func TestExistsRaces(t *testing.T) {
-	v := version{"m", "v1.0.0"}
+	v := ModuleVersion{"m", "v1.0.0"}
 	mod := v.object(extMod)
 	for _, tc := range []struct {
 		name   string
@@ -197,7 +197,7 @@ func TestExistsRaces(t *testing.T) {
 		{"the holder gives up", func(f *fakeGCS) { f.SetMetadata(mod, marked(givenUp, "b")) }, false},
 		{"somebody finishes", func(f *fakeGCS) { f.SetMetadata(mod, nil) }, true},
 		{"taken over", func(f *fakeGCS) { f.Put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
-		{"saved anew", func(f *fakeGCS) { storeVersion(f, v.module, v.version) }, true},
+		{"saved anew", func(f *fakeGCS) { storeVersion(f, v.Module, v.Version) }, true},
 		{"the .mod is deleted", func(f *fakeGCS) { f.Remove(mod) }, false},
 		{"deleted", func(f *fakeGCS) {
 			for _, name := range f.Names() {
@@ -216,7 +216,7 @@ func TestExistsRaces(t *testing.T) {
 					}
 					return fakegcs.NoFault
 				})
-				ok, err := s.Exists(t.Context(), v.module, v.version)
+				ok, err := s.Exists(t.Context(), v.Module, v.Version)
 				require.NoError(t, err)
 				require.Equal(t, tc.want, ok)
 				require.Equal(t, after, f.Get(mod), "what the other one did must stay")
@@ -229,7 +229,7 @@ func TestExistsRaces(t *testing.T) {
 // A renewal can come between, and after it the holder can die.
 func TestExistsAfterRace(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		v := version{"m", "v1.0.0"}
+		v := ModuleVersion{"m", "v1.0.0"}
 		unfinishedVersion(f, v)
 		patches := 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
@@ -240,7 +240,7 @@ func TestExistsAfterRace(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		ok, err := s.Exists(t.Context(), v.module, v.version)
+		ok, err := s.Exists(t.Context(), v.Module, v.Version)
 		require.NoError(t, err)
 		require.True(t, ok)
 		require.Equal(t, 2, patches)
@@ -253,7 +253,7 @@ func TestExistsFaults(t *testing.T) {
 		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					v := version{"m", "v1.0.0"}
+					v := ModuleVersion{"m", "v1.0.0"}
 					unfinishedVersion(f, v)
 					first := true
 					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
@@ -263,7 +263,7 @@ func TestExistsFaults(t *testing.T) {
 						}
 						return fakegcs.NoFault
 					})
-					ok, err := s.Exists(t.Context(), v.module, v.version)
+					ok, err := s.Exists(t.Context(), v.Module, v.Version)
 					require.NoError(t, err)
 					require.True(t, ok)
 					require.Empty(t, f.Get(v.object(extMod)).Metadata)
@@ -277,7 +277,7 @@ func TestExistsFaults(t *testing.T) {
 // and again.
 func TestExistsRefusedForAnotherReason(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		v := version{"m", "v1.0.0"}
+		v := ModuleVersion{"m", "v1.0.0"}
 		unfinishedVersion(f, v)
 		s := behind(f, func(r *http.Request) *http.Response {
 			if r.Method == http.MethodPatch {
@@ -288,8 +288,8 @@ func TestExistsRefusedForAnotherReason(t *testing.T) {
 			}
 			return nil
 		})
-		_, err := s.Exists(t.Context(), v.module, v.version)
-		requireError(t, err, KindUnexpected, "gcs.Exists", v.module, v.version)
+		_, err := s.Exists(t.Context(), v.Module, v.Version)
+		requireError(t, err, KindUnexpected, "gcs.Exists", v.Module, v.Version)
 		require.Contains(t, err.Error(), "Public access prevention")
 	})
 }

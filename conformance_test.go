@@ -1007,9 +1007,9 @@ func (b *bench) singleFlight(t *testing.T) {
 // claims: a claim that is left is seen, taken over when it is stale, and removed.
 func (b *bench) claims(t *testing.T) {
 	old, now := time.Now().Add(ago).UTC(), time.Now().UTC()
-	b.mustPut(t, b.object("v1.0.0", extLock), markedAt(old, "a"))
-	b.mustPut(t, b.object("v2.0.0", extLock), markedAt(old, "a"))
-	b.mustPut(t, b.object("v3.0.0", extLock), markedAt(now, "a"))
+	b.mustPut(t, b.object("v1.0.0", extClaim), markedAt(old, "a"))
+	b.mustPut(t, b.object("v2.0.0", extClaim), markedAt(old, "a"))
+	b.mustPut(t, b.object("v3.0.0", extClaim), markedAt(now, "a"))
 	claimed := map[string]time.Time{}
 	for status, err := range b.patient().Scan(b.ctx, b.module) {
 		require.NoError(t, err)

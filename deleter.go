@@ -16,12 +16,12 @@ var errNothing error = kindError{KindNotFound, errors.New("none of the version's
 // The .mod goes first: from then on the version does not exist, and a save that was
 // under way cannot complete it (it starts over if it can; see [Storage.Save]). What is
 // left if Delete is cut short, or fails, is replaced by the next Save and removed by
-// the next Delete.
+// the next Delete. A claim of a single flight is not removed.
 //
 // It makes up to 4 requests, 3 of them one after another. It is safe for concurrent
 // use.
-func (s *Storage) Delete(ctx context.Context, module, vers string) error {
-	v := version{module, vers}
+func (s *Storage) Delete(ctx context.Context, module, version string) error {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Delete", v)
 	err := s.bucket.check(v)
 	if err == nil {
@@ -30,19 +30,19 @@ func (s *Storage) Delete(ctx context.Context, module, vers string) error {
 	return c.end(err)
 }
 
-func (s *Storage) delete(ctx context.Context, v version) error {
-	for refused := 0; ; refused++ {
+func (s *Storage) delete(ctx context.Context, v ModuleVersion) error {
+	for round := 0; ; round++ {
 		seen, err := s.bucket.look(ctx, v)
 		switch {
 		case err != nil:
 			return err
-		case seen.empty() && refused > 0:
+		case seen.empty() && round > 0:
 			return nil // somebody else's delete came between
 		case seen.empty():
 			return errNothing
 		}
 		removed, err := s.bucket.removeVersion(ctx, v, seen, ifNotReplaced(seen.mod))
-		if removed || err != nil && (!isRefused(err) || refused == maxRefused) {
+		if removed || err != nil && (!isRefused(err) || round == maxRefused) {
 			return err
 		}
 		// A save has taken the version over, and may store more than was seen.
@@ -51,7 +51,7 @@ func (s *Storage) delete(ctx context.Context, v version) error {
 
 // removeVersion deletes the objects that were listed, the .mod first and on that
 // condition. It reports false, and deletes nothing, if the .mod is another by now.
-func (b *bucket) removeVersion(ctx context.Context, v version, seen snapshot, cond storage.Conditions) (removed bool, err error) {
+func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot, cond storage.Conditions) (removed bool, err error) {
 	if seen.mod == nil {
 		// The .mod may have come while the version was listed, and the rest be of
 		// the same save.

@@ -19,9 +19,9 @@ func TestDeleteSubsets(t *testing.T) {
 		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(time.Now(), "a")} {
 			t.Run(fmt.Sprintf("%03b, %v", subset, mark), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					neighbours := []version{{"m", "v1.0.0-rc.1"}, {"m", "v1.0.0.1"}, {"m", "v1.0"}, {"m", "v1.0.0.info"}, {"m/v2", "v1.0.0"}, {"m-other", "v1.0.0"}}
+					neighbours := []ModuleVersion{{"m", "v1.0.0-rc.1"}, {"m", "v1.0.0.1"}, {"m", "v1.0"}, {"m", "v1.0.0.info"}, {"m/v2", "v1.0.0"}, {"m-other", "v1.0.0"}}
 					for _, v := range neighbours {
-						storeVersion(f, v.module, v.version)
+						storeVersion(f, v.Module, v.Version)
 					}
 					kept := f.Names()
 					objects := 0

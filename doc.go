@@ -21,8 +21,9 @@
 //
 //	state        marker  objects         who moves it, and to which state
 //	Absent       -       none            Save creates a marked .mod: InProgress
-//	InProgress   fresh   any             its saver commits: Complete; fails: Abandoned
-//	                                     the marker goes stale: Abandoned, or Unfinished
+//	InProgress   fresh   any             its saver commits: Complete
+//	                                     its saver fails, or its marker goes stale:
+//	                                     Abandoned, or Unfinished if only the commit is missing
 //	Abandoned    stale   one is missing, Save takes over: InProgress
 //	                     or of another   Repair removes it: Absent
 //	                     save
@@ -60,17 +61,17 @@
 // was at some moment of the listing, and not all objects at the same moment. So it
 // does not matter whether GCS answers in one page or in several.
 //
-//   - Complete is certain from one listing. A .mod that was committed stays so until
-//     it is deleted. If .info or .zip was written while another .mod was live, it
-//     names that one's generation; then the version is listed again, and complete if
-//     nothing has changed in between. (So it is with objects that were copied from
-//     another bucket.)
-//   - Unfinished is certain from one listing. The commit is conditional on the .mod
-//     listed. While that is live, nobody replaces .info and .zip of its save.
-//   - That an object is missing is not certain: it may have come while the rest was
-//     listed, and the version be complete. So two listings in a row have to show the
-//     same before a save takes over, or Repair removes anything. What both showed was
-//     there at the moment between them, and the takeover is conditional on the .mod.
+//   - One listing proves Complete if .info and .zip name the .mod listed, or none. A
+//     .mod that was committed stays so until it is deleted. If one of them names
+//     another .mod, the version is listed again. It is complete if nothing has
+//     changed: then its objects were copied from another bucket.
+//   - One listing proves Unfinished. The commit is conditional on the .mod listed.
+//     While that is live, nobody replaces .info and .zip of its save.
+//   - One listing does not prove that an object is missing. The object may have come
+//     while the rest was listed, and the version be complete. So two listings in a
+//     row have to show the same before a save takes over, or Repair removes anything.
+//     What both show was there at the moment between them, and the takeover is
+//     conditional on the .mod.
 //
 // The commit names the generation of the .mod. So it succeeds only for the holder
 // who wrote that generation, and only while nobody has taken over or deleted since.
@@ -93,22 +94,23 @@
 //
 // A request whose answer was lost is made again, and refused the second time. So a
 // refused request is followed by a read: the save knows its own objects by the save
-// id and the size, and its own commit by the generation. A .mod that such a request
-// creates late, after a delete, has another generation than .info and .zip beside it
-// name: it is Abandoned. A save that fails while its .mod may still arrive writes a
-// given-up .mod itself, so that the late one is refused.
+// id and the size, and its own commit by the generation. A create that arrives late,
+// after a delete, makes a .mod whose generation no .info and no .zip names. It never
+// becomes Unfinished. It is Abandoned when its marker is stale. A save that fails
+// while its create may still arrive writes a given-up .mod itself, so that the late
+// one is refused.
 //
 // No step of this looks at a clock. Clocks, and the stale threshold, decide only when
 // a holder is presumed dead. If that is wrong, its work is wasted, and no harm is
 // done. Two machines that each presume the other dead would take over from each other
-// for ever. So a save that has lost its version waits until the .mod has not changed
-// for the threshold, whatever the marker says. New calls do not know of such a loss:
-// while calls with clocks that are off by more than the threshold keep coming, a
-// version may be taken over again and again.
+// for ever. So a save that was fenced takes over an abandoned version only when its
+// .mod has not changed for the threshold, or is given up. New calls do not know of
+// such a loss: while calls with clocks that are off by more than the threshold keep
+// coming, a version may be taken over again and again.
 //
 // The argument relies on GCS for the atomicity of a conditional request, and for
 // strong consistency of reads and lists after writes
 // (https://cloud.google.com/storage/docs/consistency). It relies on nobody else's
-// writing to the bucket below "/@v/". Athens' own backend may run beside this package,
-// with the guarantees that it gives by itself.
+// writing to the bucket below "/@v/". Athens' own backend may do so during a rollout:
+// its clients may then read files of two saves for a moment.
 package gcs

@@ -27,7 +27,8 @@ const (
 	KindGatewayTimeout = http.StatusGatewayTimeout      // the context's deadline passed
 )
 
-// An Error is what every function and method of this package returns when it fails.
+// An Error is the error of a call that failed, or is wrapped in it (see [WithErrors]).
+// A Stasher passes other errors on as they are (see [Storage.SingleFlight]).
 type Error struct {
 	Op              string // the call, such as "gcs.Save"
 	Kind            int    // one of the constants

@@ -21,7 +21,7 @@ import (
 )
 
 // fail returns the error of a call that failed with that cause; nil stays nil.
-func fail(ctx context.Context, op string, v version, cause error) error {
+func fail(ctx context.Context, op string, v ModuleVersion, cause error) error {
 	s := &Storage{wrap: func(e *Error) error { return e }}
 	return s.wrapError(ctx, op, v, cause)
 }
@@ -141,21 +141,21 @@ func TestErrorsOfBothTransports(t *testing.T) {
 				want := slices.ContainsFunc(tc.is, func(q predicate) bool { return q.name == p.name })
 				require.Equal(t, want, p.is(tc.err), p.name)
 			}
-			err := fail(t.Context(), "Save", version{"m", "v1.0.0"}, tc.err)
+			err := fail(t.Context(), "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
 			requireError(t, err, tc.kind, "gcs.Save", "m", "v1.0.0")
 			require.ErrorIs(t, err, tc.err)
 
 			// The caller's context decides once it has ended.
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
-			err = fail(ctx, "Save", version{"m", "v1.0.0"}, tc.err)
+			err = fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
 			requireError(t, err, KindUnexpected, "gcs.Save", "m", "v1.0.0")
 			require.ErrorIs(t, err, context.Canceled)
 			require.ErrorIs(t, err, tc.err)
 
 			ctx, cancel = context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
 			defer cancel()
-			err = fail(ctx, "Save", version{"m", "v1.0.0"}, tc.err)
+			err = fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
 			requireError(t, err, KindGatewayTimeout, "gcs.Save", "m", "v1.0.0")
 			require.ErrorIs(t, err, context.DeadlineExceeded)
 			require.ErrorIs(t, err, tc.err)
@@ -164,7 +164,7 @@ func TestErrorsOfBothTransports(t *testing.T) {
 	for _, p := range []predicate{refused, forbidden, absent, transient} {
 		require.False(t, p.is(nil), p.name)
 	}
-	require.NoError(t, fail(t.Context(), "Save", version{}, nil))
+	require.NoError(t, fail(t.Context(), "Save", ModuleVersion{}, nil))
 }
 
 // A verdict stands, whatever the context: nothing was asked of GCS, or the
@@ -177,7 +177,7 @@ func TestVerdicts(t *testing.T) {
 		KindAlreadyExists: errExists,
 		KindNotFound:      fmt.Errorf("wrapped: %w", errNothing),
 	} {
-		requireError(t, fail(ctx, "Save", version{"m", "v1"}, err), kind, "gcs.Save", "m", "v1")
+		requireError(t, fail(ctx, "Save", ModuleVersion{"m", "v1"}, err), kind, "gcs.Save", "m", "v1")
 	}
 }
 

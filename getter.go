@@ -10,7 +10,7 @@ import (
 // A SizeReadCloser is a stream of known length.
 type SizeReadCloser interface {
 	io.ReadCloser
-	Size() int64
+	Size() int64 // in bytes
 }
 
 // Info returns the version's .info file. It makes one request, and is safe for
@@ -20,19 +20,20 @@ type SizeReadCloser interface {
 // a read the same answer ([Storage.Check] tells them apart). Like [Storage.GoMod] and
 // [Storage.Zip], Info reads an object whether its version is complete or not, as
 // Athens' own backends do. [Storage.Exists] tells whether a version is complete.
-func (s *Storage) Info(ctx context.Context, module, vers string) ([]byte, error) {
-	return s.read(ctx, "Info", module, vers, extInfo)
+func (s *Storage) Info(ctx context.Context, module, version string) ([]byte, error) {
+	return s.read(ctx, "Info", module, version, extInfo)
 }
 
-// GoMod returns the version's go.mod file, as [Storage.Info] does its .info file.
+// GoMod returns the version's go.mod file, as [Storage.Info] does its .info file: with
+// one request, and safe for concurrent use.
 // While the version is being saved it is there before the other two, and another
 // save that takes over may replace it with its own.
-func (s *Storage) GoMod(ctx context.Context, module, vers string) ([]byte, error) {
-	return s.read(ctx, "GoMod", module, vers, extMod)
+func (s *Storage) GoMod(ctx context.Context, module, version string) ([]byte, error) {
+	return s.read(ctx, "GoMod", module, version, extMod)
 }
 
-func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byte, error) {
-	v := version{module, vers}
+func (s *Storage) read(ctx context.Context, op, module, version, ext string) ([]byte, error) {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, op, v)
 	err := s.bucket.check(v)
 	var data []byte
@@ -52,8 +53,8 @@ func (s *Storage) read(ctx context.Context, op, module, vers, ext string) ([]byt
 // at a time; Zip itself is safe for concurrent use.
 //
 // A zip that is not there is KindNotFound.
-func (s *Storage) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
-	v := version{module, vers}
+func (s *Storage) Zip(ctx context.Context, module, version string) (SizeReadCloser, error) {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Zip", v)
 	err := s.bucket.check(v)
 	z := &zipReader{s: s, ctx: ctx, v: v}
@@ -72,7 +73,7 @@ type zipReader struct {
 	r      *storage.Reader
 	ctx    context.Context // the caller's
 	cancel context.CancelFunc
-	v      version
+	v      ModuleVersion
 }
 
 func (z *zipReader) Size() int64 { return z.r.Attrs.Size }

@@ -71,7 +71,7 @@ func TestRefusedOverBoth(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				v := version{"m", "v1.0.0"}
+				v := ModuleVersion{"m", "v1.0.0"}
 				unfinishedVersion(f, v)
 				hooks(f, v.object(extMod))
 				ok, err := s.Exists(t.Context(), "m", "v1.0.0")
@@ -99,7 +99,7 @@ func TestRefusedOverBoth(t *testing.T) {
 func TestForbiddenOverBoth(t *testing.T) {
 	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		unfinishedVersion(f, version{"m", "v2.0.0"})
+		unfinishedVersion(f, ModuleVersion{"m", "v2.0.0"})
 		for permission, call := range map[string]func() error{
 			"storage.objects.create": func() error { return saveVersion(t.Context(), s, "m", "v3.0.0") },
 			"storage.objects.delete": func() error { return s.Delete(t.Context(), "m", "v1.0.0") },

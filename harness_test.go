@@ -63,7 +63,7 @@ func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error 
 func plain(r io.Reader) io.Reader { return struct{ io.Reader }{r} }
 
 func objectName(ext string) string {
-	return version{testModule, testVersion}.object(ext)
+	return ModuleVersion{testModule, testVersion}.object(ext)
 }
 
 // bubble runs a test on an empty bucket, in virtual time.
@@ -187,7 +187,7 @@ func (m *missingOnce) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // storeFiles puts objects of a version into the bucket as Athens left them.
 func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
-	v := version{module, vers}
+	v := ModuleVersion{module, vers}
 	for _, ext := range exts {
 		f.Put(v.object(ext), []byte(ext+" of "+vers), nil)
 	}
@@ -200,7 +200,7 @@ func storeVersion(f *fakeGCS, module string, versions ...string) {
 	}
 }
 
-func unfinishedVersion(f *fakeGCS, v version) {
+func unfinishedVersion(f *fakeGCS, v ModuleVersion) {
 	for _, ext := range []string{extInfo, extMod, extZip} {
 		metadata := map[string]string{keySaveID: "a"}
 		if ext == extMod {
@@ -272,16 +272,16 @@ func requireKind(t *testing.T, err error, kind int) {
 // requireStored checks that the version is complete and of that content only.
 func requireStored(t *testing.T, f *fakeGCS, c content) {
 	t.Helper()
-	requireVersion(t, f, version{testModule, testVersion}, c)
+	requireVersion(t, f, ModuleVersion{testModule, testVersion}, c)
 }
 
 // requireComplete is requireStored for a version that an origin stored.
 func requireComplete(t *testing.T, f *fakeGCS, module, vers string) {
 	t.Helper()
-	requireVersion(t, f, version{module, vers}, contentOf(vers, 100))
+	requireVersion(t, f, ModuleVersion{module, vers}, contentOf(vers, 100))
 }
 
-func requireVersion(t *testing.T, f *fakeGCS, v version, c content) {
+func requireVersion(t *testing.T, f *fakeGCS, v ModuleVersion, c content) {
 	t.Helper()
 	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
 		o := f.Get(v.object(ext))

@@ -33,11 +33,11 @@ var (
 // conditional on that generation and on the last known metageneration, so a holder
 // that lost its lease can change nothing, whether it knows or not.
 //
-// A lease is used by one goroutine at a time; between keepRenewed and the return
-// of stop, that is the one that keepRenewed started.
+// A lease is used by one goroutine at a time; between startRenewing and the return
+// of stop, that is the one that startRenewing started.
 type lease struct {
 	b         *bucket
-	v         version
+	v         ModuleVersion
 	ext       string // of the marked object
 	id        string
 	body      []byte // of the marked object
@@ -146,10 +146,10 @@ func (l *lease) commit(ctx context.Context) error {
 	return err
 }
 
-// keepRenewed renews the marker until stop is called, which waits for a renewal
+// startRenewing renews the marker until stop is called, which waits for a renewal
 // in flight. It calls lost if the lease is lost, and failed after a renewal that
 // failed for another reason.
-func (l *lease) keepRenewed(ctx context.Context, lost context.CancelCauseFunc, failed func()) (stop func()) {
+func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc, failed func()) (stop func()) {
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -208,7 +208,7 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 	if keepID {
 		id = l.id
 	}
-	if held, err := l.find(ctx, id); !held || err != nil {
+	if held, err := l.fenceLateAcquire(ctx, id); !held || err != nil {
 		return err
 	}
 	if err := l.mark(ctx, givenUp, id); !errors.Is(err, errFenced) {
@@ -217,11 +217,11 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 	return nil
 }
 
-// find brings a lease up to date whose acquire was not answered, and reports
-// whether there is anything to release. If what acquire was to replace is still
-// there, its request can still arrive. So find replaces it, with an object that is
-// given up: then that request is refused.
-func (l *lease) find(ctx context.Context, id string) (held bool, err error) {
+// fenceLateAcquire brings a lease up to date whose acquire was not answered, and
+// reports whether it holds the object. If what acquire was to replace is still there,
+// its request can still arrive. So fenceLateAcquire replaces it, with an object that
+// is given up and that nobody holds: then that request is refused.
+func (l *lease) fenceLateAcquire(ctx context.Context, id string) (held bool, err error) {
 	for l.gen == 0 && l.sent > 0 {
 		attrs, err := l.b.attrs(ctx, l.v, l.ext)
 		if err != nil || l.recover(attrs) {

@@ -10,9 +10,9 @@ import "context"
 // It makes the requests of [Storage.Scan], and one more for each unfinished version,
 // which it finishes as [Storage.Exists] does. It is safe for concurrent use.
 func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
-	ctx, c := s.begin(ctx, "List", version{module: module})
-	prefix := s.bucket.prefix + module + "/@v/"
-	if err := s.bucket.checkModule(module); err != nil {
+	ctx, c := s.begin(ctx, "List", ModuleVersion{Module: module})
+	prefix, err := s.modulePrefix(module)
+	if err != nil {
 		return nil, c.end(err)
 	}
 	list := []string{}
@@ -20,7 +20,7 @@ func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
 		if err != nil {
 			return nil, c.end(err)
 		}
-		list = append(list, v.version)
+		list = append(list, v.Version)
 	}
 	return list, c.end(nil)
 }

@@ -46,7 +46,7 @@ func TestListOnlyComplete(t *testing.T) {
 		storeVersion(f, "m", "v2.0.0", "v3.0.0")
 		f.SetMetadata("m/@v/v2.0.0.mod", marked(time.Now(), "a"))
 		f.SetMetadata("m/@v/v3.0.0.mod", marked(time.Now().Add(ago), "a"))
-		unfinishedVersion(f, version{"m", "v4.0.0"})
+		unfinishedVersion(f, ModuleVersion{"m", "v4.0.0"})
 		for _, name := range []string{"index.html", "m/@v/list", "m/@v/v1.7.0.lock", "m/@v/v1.7.0.info.bak", "m/@latest", "m/@v/a/v1.0.0.zip"} {
 			f.Put(name, nil, nil)
 		}
@@ -64,10 +64,10 @@ func TestListRequests(t *testing.T) {
 				exts := []string{extInfo, extMod, extZip}
 				var want []string
 				for i := range objects {
-					v := version{"m", fmt.Sprintf("v1.%06d.0", i/3)}
+					v := ModuleVersion{"m", fmt.Sprintf("v1.%06d.0", i/3)}
 					f.Put(v.object(exts[i%3]), nil, nil)
 					if i%3 == 2 {
-						want = append(want, v.version)
+						want = append(want, v.Version)
 					}
 				}
 				storeVersion(f, "m-other", "v1.0.0")
@@ -129,7 +129,7 @@ func TestListAcrossPages(t *testing.T) {
 				}
 				// The first page ends with the .mod. The version is partial
 				// until another save takes it over, and never complete.
-				v := version{"m", "v1"}
+				v := ModuleVersion{"m", "v1"}
 				f.Put(v.object(extInfo), nil, nil)
 				f.Put(v.object(extMod), nil, nil)
 				f.Put("m/@v/z.info", nil, nil)

@@ -19,16 +19,16 @@ var required = []string{
 }
 
 // Check returns nil if the bucket exists, and permits the caller all that a Storage
-// needs. Otherwise the error names the missing permissions and the role that holds
-// them, or is KindNotFound if there is no such bucket, or KindBadRequest if the
-// prefix of [WithPrefix] is none.
+// needs. If permissions are missing, the error is KindUnexpected, and names them and
+// the role that holds them. A bucket that does not exist is KindNotFound. A prefix
+// that no object name can have is KindBadRequest; see [WithPrefix].
 //
 // Check asks which permissions the caller has, which itself needs none
 // (https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions). If
-// the server does not implement that, Check tries a list instead. So it makes one
-// request, or two. It is safe for concurrent use.
+// the server cannot answer that, Check lists one object instead, and returns nil if
+// it can. So it makes one request, or two. It is safe for concurrent use.
 func (s *Storage) Check(ctx context.Context) error {
-	ctx, c := s.begin(ctx, "Check", version{})
+	ctx, c := s.begin(ctx, "Check", ModuleVersion{})
 	return c.end(s.bucket.checkPermissions(ctx))
 }
 
@@ -42,10 +42,13 @@ func (b *bucket) checkPermissions(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		if _, _, err = b.page(ctx, &storage.Query{}, "", 1); err != nil {
-			return fmt.Errorf("bucket %s: %w", b.handle.BucketName(), err)
+		if !isForbidden(err) {
+			_, _, err = b.page(ctx, &storage.Query{}, "", 1)
 		}
-		return nil
+		if err != nil {
+			err = fmt.Errorf("bucket %s: %w", b.handle.BucketName(), err)
+		}
+		return err
 	}
 	missing := slices.DeleteFunc(slices.Clone(required), func(p string) bool { return slices.Contains(have, p) })
 	if len(missing) > 0 {

@@ -119,11 +119,11 @@ func TestCheckWithoutPermissionCall(t *testing.T) {
 func TestCheckNothingPermitted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeGCS(t)
-		f.AnswerPermissions(http.StatusForbidden)
-		f.Deny("storage.objects.list")
+		f.AnswerPermissions(http.StatusForbidden) // as a service perimeter does
 		err := f.storage("a").Check(t.Context())
 		requireCheckError(t, err, KindUnexpected)
 		require.True(t, isForbidden(err))
+		require.Len(t, f.Log(), 1, "a list would say nothing of the permissions")
 	})
 }
 

@@ -211,7 +211,7 @@ func (fetch nextFunc) Stash(ctx context.Context, module, vers string) (string, e
 // So does a claim whose holder could not reach the bucket.
 func TestLateCreateOfFailedClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		lock := objectName(extLock)
+		lock := objectName(extClaim)
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "insert" && r.Object == lock && !givesUp(r) {
 				return fakegcs.StrayReset

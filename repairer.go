@@ -12,13 +12,14 @@ import "context"
 //   - A stale claim of a single flight is removed, whatever the state.
 //
 // Every change is conditional on what Repair has seen. If somebody else changes the
-// version at the same time, Repair looks again.
+// version at the same time, Repair looks again. A version of which nothing is there
+// is Absent, and no error.
 //
 // It makes 1 request for a version that needs nothing (2 if its objects were copied
-// from another bucket, see [Storage.Exists]), 2 to finish one, and up to 6 to remove
+// from another bucket, see [Storage.Exists]), 2 to finish one, and up to 5 to remove
 // one; one more removes a claim. It is safe for concurrent use.
-func (s *Storage) Repair(ctx context.Context, module, vers string) (State, error) {
-	v := version{module, vers}
+func (s *Storage) Repair(ctx context.Context, module, version string) (State, error) {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Repair", v)
 	err := s.bucket.check(v)
 	state := Absent
@@ -28,8 +29,8 @@ func (s *Storage) Repair(ctx context.Context, module, vers string) (State, error
 	return state, c.end(err)
 }
 
-func (s *Storage) repair(ctx context.Context, v version) (State, error) {
-	for refused := 0; ; refused++ {
+func (s *Storage) repair(ctx context.Context, v ModuleVersion) (State, error) {
+	for round := 0; ; round++ {
 		seen, err := s.bucket.look(ctx, v)
 		if err != nil {
 			return Absent, err
@@ -48,15 +49,27 @@ func (s *Storage) repair(ctx context.Context, v version) (State, error) {
 				continue
 			}
 			removed, err := s.bucket.removeVersion(ctx, v, seen, ifUnchanged(seen.mod))
-			if !removed && (err == nil || isRefused(err) && refused < maxRefused) {
+			if !removed && (err == nil || isRefused(err) && round < maxRefused) {
 				continue
 			}
 			if err != nil {
 				return state, err
 			}
-			s.log.InfoContext(ctx, "removed what was left of a version", "module", v.module, "version", v.version, "found", state.String())
+			s.log.InfoContext(ctx, "removed what was left of a version", "module", v.Module, "version", v.Version, "found", state.String())
 			state = Absent
 		}
 		return state, s.removeStaleClaim(ctx, v, seen)
 	}
+}
+
+// removeStaleClaim deletes a claim that was listed, if it is stale.
+func (s *Storage) removeStaleClaim(ctx context.Context, v ModuleVersion, seen snapshot) error {
+	if seen.claim == nil || isFresh(seen.claim, s.now(), s.claimThreshold()) {
+		return nil
+	}
+	err := s.bucket.remove(ctx, v, extClaim, ifUnchanged(seen.claim))
+	if isRefused(err) {
+		return nil // renewed, or taken over
+	}
+	return err
 }

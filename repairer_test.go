@@ -13,7 +13,7 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-var testVersionName = version{testModule, testVersion}
+var testVersionName = ModuleVersion{testModule, testVersion}
 
 func TestRepairStates(t *testing.T) {
 	for i := range stateCases() {
@@ -23,7 +23,7 @@ func TestRepairStates(t *testing.T) {
 				c.put(f, testVersionName)
 				want := f.Objects()
 				if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
-					delete(want, objectName(extLock))
+					delete(want, objectName(extClaim))
 				}
 				state, err := s.Repair(t.Context(), testModule, testVersion)
 				require.NoError(t, err)

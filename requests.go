@@ -16,9 +16,9 @@ import (
 const maxPage = 999
 
 // attrs returns the attributes of an object, or nil if there is none.
-func (b *bucket) attrs(ctx context.Context, v version, ext string) (attrs *storage.ObjectAttrs, err error) {
+func (b *bucket) attrs(ctx context.Context, v ModuleVersion, ext string) (attrs *storage.ObjectAttrs, err error) {
 	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
-		attrs, err = b.handle.Object(b.name(v, ext)).Attrs(ctx)
+		attrs, err = b.object(v, ext).Attrs(ctx)
 		return withPermission(err, "storage.objects.get")
 	})
 	if isAbsent(err) {
@@ -29,9 +29,9 @@ func (b *bucket) attrs(ctx context.Context, v version, ext string) (attrs *stora
 
 // update replaces an object's metadata, or clears it if metadata is empty, and
 // returns what the object is then.
-func (b *bucket) update(ctx context.Context, v version, ext string, cond storage.Conditions, metadata map[string]string) (attrs *storage.ObjectAttrs, err error) {
+func (b *bucket) update(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions, metadata map[string]string) (attrs *storage.ObjectAttrs, err error) {
 	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
-		attrs, err = b.handle.Object(b.name(v, ext)).If(cond).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
+		attrs, err = b.object(v, ext).If(cond).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
 		return withPermission(err, "storage.objects.update")
 	})
 	return attrs, err
@@ -41,7 +41,7 @@ var errNotCleared = errors.New("the server does not clear metadata")
 
 // clear removes the marker from an object. A server that answers with the marker
 // still there is asked again, to set it to an empty value.
-func (b *bucket) clear(ctx context.Context, v version, ext string, cond storage.Conditions) (*storage.ObjectAttrs, error) {
+func (b *bucket) clear(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions) (*storage.ObjectAttrs, error) {
 	attrs, err := b.update(ctx, v, ext, cond, map[string]string{})
 	if _, marked := readMarker(attrs); err != nil || !marked {
 		return attrs, err
@@ -58,9 +58,9 @@ func (b *bucket) clear(ctx context.Context, v version, ext string, cond storage.
 }
 
 // remove deletes an object. It is no error if there is none.
-func (b *bucket) remove(ctx context.Context, v version, ext string, cond storage.Conditions) error {
+func (b *bucket) remove(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions) error {
 	err := b.do(ctx, requestTimeout, func(ctx context.Context) error {
-		return withPermission(b.handle.Object(b.name(v, ext)).If(cond).Delete(ctx), "storage.objects.delete")
+		return withPermission(b.object(v, ext).If(cond).Delete(ctx), "storage.objects.delete")
 	})
 	if isAbsent(err) {
 		return nil
@@ -69,7 +69,7 @@ func (b *bucket) remove(ctx context.Context, v version, ext string, cond storage
 }
 
 // look lists the version, with one request unless GCS answers in parts.
-func (b *bucket) look(ctx context.Context, v version) (seen snapshot, _ error) {
+func (b *bucket) look(ctx context.Context, v ModuleVersion) (seen snapshot, _ error) {
 	// The names sort .info, .lock, .mod, .zip. The offsets keep out v1.0.0.info
 	// when the version is v1; a server that ignores them only makes this slower.
 	q := &storage.Query{Prefix: b.name(v, ""), StartOffset: b.name(v, extInfo), EndOffset: b.name(v, extZip) + "\x00"}
@@ -105,10 +105,10 @@ func (b *bucket) list(ctx context.Context, q *storage.Query, size int) iter.Seq2
 }
 
 // parse tells which object of which version attrs describes.
-func (b *bucket) parse(attrs *storage.ObjectAttrs) (v version, ext string, ok bool) {
+func (b *bucket) parse(attrs *storage.ObjectAttrs) (v ModuleVersion, ext string, ok bool) {
 	name, ok := strings.CutPrefix(attrs.Name, b.prefix)
 	if !ok {
-		return version{}, "", false
+		return ModuleVersion{}, "", false
 	}
 	return parseObject(name)
 }
@@ -134,7 +134,7 @@ func (b *bucket) page(ctx context.Context, q *storage.Query, token string, size 
 				return withPermission(err, "storage.objects.list")
 			}
 			page = append(page, attrs)
-			if info.Remaining() == 0 {
+			if info.Remaining() == 0 { // Next would ask for another page
 				next = info.Token
 				return nil
 			}
@@ -144,9 +144,9 @@ func (b *bucket) page(ctx context.Context, q *storage.Query, token string, size 
 }
 
 // read returns the bytes of an object.
-func (b *bucket) read(ctx context.Context, v version, ext string) (data []byte, err error) {
+func (b *bucket) read(ctx context.Context, v ModuleVersion, ext string) (data []byte, err error) {
 	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
-		r, err := b.handle.Object(b.name(v, ext)).NewReader(ctx)
+		r, err := b.object(v, ext).NewReader(ctx)
 		if err == nil {
 			data, err = io.ReadAll(r)
 			r.Close()
@@ -157,12 +157,13 @@ func (b *bucket) read(ctx context.Context, v version, ext string) (data []byte, 
 }
 
 // open returns a stream of an object, which ends with ctx, or when cancel is called.
-func (b *bucket) open(ctx context.Context, v version, ext string) (r *storage.Reader, cancel context.CancelFunc, err error) {
+// The time of a try bounds the wait for its answer, and not the stream.
+func (b *bucket) open(ctx context.Context, v ModuleVersion, ext string) (r *storage.Reader, cancel context.CancelFunc, err error) {
 	err = b.do(ctx, requestTimeout, func(tryCtx context.Context) error {
 		var streamCtx context.Context
 		streamCtx, cancel = context.WithCancel(ctx)
 		stop := context.AfterFunc(tryCtx, cancel)
-		r, err = b.retrying.Object(b.name(v, ext)).NewReader(streamCtx)
+		r, err = b.streamed(v, ext).NewReader(streamCtx)
 		if err == nil && !stop() { // answered, but too late
 			r.Close()
 			err = tryCtx.Err()

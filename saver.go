@@ -19,13 +19,12 @@ import (
 // way, all three can be read at once. While another save of the version is under
 // way, on whatever machine, Save waits for it. It takes the version over when that
 // save fails, or stops renewing its marker. Of any number of calls that do not
-// fail, one returns nil. Two exceptions follow from deletes: if another call
-// finishes this save, and the version is deleted before this call has its answer,
-// this call stores the version again, or returns the KindAlreadyExists of the next
-// save.
+// fail, one returns nil. There is one exception. Another call finishes this save, and
+// the version is deleted before this call has its answer. Then this call stores the
+// version again, or returns KindAlreadyExists if another save did.
 //
 // zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that does
-// not match it is KindBadRequest, and so is a nil zip.
+// not match it is KindBadRequest, and so is a nil zip. Save does not close zip.
 //
 // After any other error the next Save can proceed at once. It replaces what this one
 // left behind; but if only the last step failed, it does that step, and returns
@@ -43,11 +42,13 @@ import (
 // the panic goes on.
 //
 // Save makes 5 requests for a new version, 3 of them one after another, and 2 at
-// once for a complete version (or 3, if it became complete at that moment). It holds
-// a zip of up to 1 MiB in memory, and one chunk of a larger one. It leaves no
-// goroutine behind. It is safe for concurrent use.
-func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
-	v := version{module, vers}
+// once for a complete version (or 3, if it became complete at that moment). A zip
+// that is sent in chunks costs one request for each. A save that takes longer costs
+// one renewal in a quarter of the stale threshold. Save holds a zip of up to 1 MiB
+// in memory, and one chunk of a larger one. It leaves no goroutine behind. It is safe
+// for concurrent use.
+func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
+	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Save", v)
 	err := s.bucket.check(v)
 	if err == nil && zip == nil {
@@ -70,22 +71,16 @@ func (s *Storage) Save(ctx context.Context, module, vers string, mod []byte, zip
 var (
 	errExists   error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
 	errFinished error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
-	// errSpent is why a fenced save can end without having stored anything.
-	errSpent = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
-	// errCutShort means that an object of this save is there which is not whole.
-	errCutShort = errors.New("the server keeps an upload that was cut short")
+	// errCannotReread is why a fenced save can end without having stored anything.
+	errCannotReread = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
 	// errPanicked stands for the error of a step that has not returned.
 	errPanicked = errors.New("the zip's reader panicked")
 )
 
-// maxRefused is how often in a row a save takes a refused precondition for
-// somebody else's doing.
-const maxRefused = 10
-
 // A saving is one call of Save.
 type saving struct {
 	s         *Storage
-	v         version
+	v         ModuleVersion
 	mod, info []byte
 	zip       *source
 	waiter    waiter
@@ -107,7 +102,7 @@ func (g *saving) run(ctx context.Context) (outcome string, err error) {
 			break
 		}
 		g.fenced = true
-		g.s.log.WarnContext(ctx, "fenced during a save", "module", g.v.module, "version", g.v.version)
+		g.s.log.WarnContext(ctx, "fenced during a save", "module", g.v.Module, "version", g.v.Version)
 	}
 	switch {
 	case errors.Is(err, errFinished):
@@ -117,8 +112,8 @@ func (g *saving) run(ctx context.Context) (outcome string, err error) {
 	case err != nil:
 		return outcomeFailed, err
 	case g.before != Absent:
-		g.s.log.InfoContext(ctx, "healed a version", "module", g.v.module, "version", g.v.version, "found", g.before.String())
-		return outcomeTookOver, nil
+		g.s.log.InfoContext(ctx, "healed a version", "module", g.v.Module, "version", g.v.Version, "found", g.before.String())
+		return outcomeHealed, nil
 	default:
 		return outcomeStored, nil
 	}
@@ -161,7 +156,7 @@ func (g *saving) hold(ctx context.Context) error {
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
 		case !g.zip.ready():
-			return errSpent
+			return errCannotReread
 		default: // Absent, Partial, Abandoned
 			held, err = g.takeOver(ctx)
 			if isRefused(err) && refused < maxRefused {
@@ -245,7 +240,7 @@ func (g *saving) mustWait() bool {
 // store uploads .info and .zip while it keeps the marker fresh.
 func (g *saving) store(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	stop := g.lease.keepRenewed(ctx, cancel, func() { g.s.telemetry.renewalsFailed.Add(ctx, 1) })
+	stop := g.lease.startRenewing(ctx, cancel, func() { g.s.telemetry.renewalsFailed.Add(ctx, 1) })
 	var group errgroup.Group
 	returned := false
 	defer func() {
@@ -256,64 +251,20 @@ func (g *saving) store(ctx context.Context) error {
 		stop() // a renewal in flight would be refused, but make the commit ask why
 		cancel(nil)
 	}()
-	place := func(ext string, old *storage.ObjectAttrs, z *source) error {
-		err := g.place(ctx, ext, old, z)
+	upload := func(ext string, old *storage.ObjectAttrs, z *source) error {
+		err := g.lease.upload(ctx, ext, old, z)
 		if err != nil {
 			cancel(err)
 		}
 		return err
 	}
-	group.Go(func() error { return place(extInfo, g.seen.info, bytesSource(g.info)) })
-	zipErr := place(extZip, g.seen.zip, g.zip)
+	group.Go(func() error { return upload(extInfo, g.seen.info, bytesSource(g.info)) })
+	zipErr := upload(extZip, g.seen.zip, g.zip)
 	returned = true
 	if group.Wait() != nil || zipErr != nil {
 		return context.Cause(ctx) // the first failure
 	}
 	return nil
-}
-
-// place uploads one object, over old or whatever is there in its stead: an object
-// of a save that was thought dead, or of a request of this save whose answer was
-// lost.
-func (g *saving) place(ctx context.Context, ext string, old *storage.ObjectAttrs, z *source) error {
-	if err := z.load(ctx); err != nil {
-		return err
-	}
-	metadata := map[string]string{keySaveID: g.lease.id, keyGeneration: formatGeneration(g.lease.gen)}
-	for refused := 0; ; refused++ {
-		err := g.upload(ctx, ext, ifNotReplaced(old), metadata, z)
-		again := isRefused(err) || !z.whole && (isTransient(err) || errors.Is(err, errHung))
-		if err == nil || ctx.Err() != nil || z.err != nil || !again {
-			return err
-		}
-		// The .mod is read last: if it is still this save's own, the object is not
-		// a successor's.
-		seen, readErr := g.s.bucket.attrs(ctx, g.v, ext)
-		if readErr == nil {
-			readErr = g.lease.isHeld(ctx)
-		}
-		switch {
-		case readErr != nil:
-			return readErr
-		case seen != nil && seen.Metadata[keySaveID] == g.lease.id && z.isWhole(seen.Size):
-			return nil
-		case seen != nil && seen.Metadata[keySaveID] == g.lease.id:
-			return errCutShort // and not replaced: somebody may have finished the version
-		case isRefused(err) && seen != nil && sameObject(old, seen):
-			return err // refused for another reason than its condition
-		case refused == maxRefused || !z.ready():
-			return err
-		}
-		old = seen
-	}
-}
-
-func (g *saving) upload(ctx context.Context, ext string, cond storage.Conditions, metadata map[string]string, z *source) error {
-	if !z.whole {
-		return g.s.bucket.stream(ctx, g.v, cond, metadata, z)
-	}
-	_, err := g.s.bucket.put(ctx, g.v, ext, cond, func() map[string]string { return metadata }, z.head)
-	return err
 }
 
 // release gives the version up after a failure, and returns the error of the save.
@@ -329,7 +280,7 @@ func (g *saving) release(ctx context.Context, stored bool, err error) error {
 		return nil
 	case releaseErr != nil && !errors.Is(releaseErr, errCleared):
 		g.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
-			"module", g.v.module, "version", g.v.version, "error", releaseErr)
+			"module", g.v.Module, "version", g.v.Version, "error", releaseErr)
 	}
 	return err
 }

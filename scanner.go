@@ -16,7 +16,7 @@ type VersionStatus struct {
 	ModuleVersion
 	State   State     `json:"state"`
 	Missing []string  `json:"missing,omitempty"` // of "info", "mod" and "zip"
-	Renewed time.Time `json:"renewed,omitzero"`  // the time of the marker, by its writer's clock
+	Renewed time.Time `json:"renewed,omitzero"`  // the time of the marker, by its writer's clock; 1970 if the writer gave up
 	Updated time.Time `json:"updated,omitzero"`  // the newest update of an object, by the clock of GCS
 	Size    int64     `json:"size"`              // of the three objects, in bytes
 	Claimed time.Time `json:"claimed,omitzero"`  // the time of the claim of a single flight
@@ -28,15 +28,19 @@ type VersionStatus struct {
 // objects. After an error, which is yielded with a zero VersionStatus, the scan ends.
 //
 // Scan changes nothing. It makes one request for a page of up to 999 objects, and
-// one more for each version that is neither complete nor in progress on its page.
-// It holds one page. It is not a snapshot of the bucket: each version is listed as
-// it is when its page is. It is safe for concurrent use.
+// one more for each version that is neither complete nor in progress on its page, or
+// whose .info or .zip names another .mod than the one beside it, as in a bucket that
+// was copied. It holds one page. It is not a snapshot of the bucket: each version is
+// listed as it is when its page is. It is safe for concurrent use.
 //
 // A module that no object name can be made of is KindBadRequest.
 func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStatus, error] {
 	return func(yield func(VersionStatus, error) bool) {
-		ctx, c := s.begin(ctx, "Scan", version{module: module})
-		prefix, err := s.scanPrefix(module)
+		ctx, c := s.begin(ctx, "Scan", ModuleVersion{Module: module})
+		prefix, err := s.bucket.prefix, s.bucket.checkPrefix()
+		if module != "" {
+			prefix, err = s.modulePrefix(module)
+		}
 		if err != nil {
 			yield(VersionStatus{}, c.end(err))
 			return
@@ -54,19 +58,15 @@ func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStat
 	}
 }
 
-// scanPrefix returns what the names of a module's objects, or of all objects if
-// module is empty, begin with.
-func (s *Storage) scanPrefix(module string) (string, error) {
-	if module == "" {
-		return s.bucket.prefix, s.bucket.checkPrefix()
-	}
+// modulePrefix returns what the names of a module's objects begin with.
+func (s *Storage) modulePrefix(module string) (string, error) {
 	return s.bucket.prefix + module + "/@v/", s.bucket.checkModule(module)
 }
 
 // statusOf describes a version that was listed.
 func statusOf(found listing) VersionStatus {
 	seen := found.snapshot
-	status := VersionStatus{ModuleVersion: ModuleVersion{found.module, found.version.version}, State: found.state}
+	status := VersionStatus{ModuleVersion: found.ModuleVersion, State: found.state}
 	for _, ext := range []string{extInfo, extMod, extZip} {
 		o := *seen.slot(ext)
 		if o == nil {
@@ -81,7 +81,7 @@ func statusOf(found listing) VersionStatus {
 	if m, marked := readMarker(seen.mod); marked {
 		status.Renewed = m.renewed
 	}
-	if m, marked := readMarker(seen.lock); marked {
+	if m, marked := readMarker(seen.claim); marked {
 		status.Claimed = m.renewed
 	}
 	return status
@@ -89,7 +89,7 @@ func statusOf(found listing) VersionStatus {
 
 // A listing is a version that a scan has met.
 type listing struct {
-	version
+	ModuleVersion
 	snapshot
 	state State
 }
@@ -102,7 +102,7 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter
 		// The objects of two versions interleave where one's name goes on where the
 		// other's has its ending, such as v1 and v1.j. A page can end between the
 		// objects of a version.
-		open := map[version]*snapshot{}
+		open := map[ModuleVersion]*snapshot{}
 		for attrs, err := range s.bucket.list(ctx, &storage.Query{Prefix: prefix, StartOffset: after}, size) {
 			if err != nil {
 				yield(listing{}, err)
@@ -112,7 +112,7 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter
 			if !ok || attrs.Name <= after || s.bucket.name(v, extZip) <= after {
 				continue
 			}
-			if !s.close(ctx, open, attrs.Name, yield) {
+			if !s.yieldUntil(ctx, open, attrs.Name, yield) {
 				return
 			}
 			if open[v] == nil {
@@ -120,13 +120,13 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter
 			}
 			*open[v].slot(ext) = attrs
 		}
-		s.close(ctx, open, "", yield)
+		s.yieldUntil(ctx, open, "", yield)
 	}
 }
 
-// close yields the open versions that have no objects to come from the name next
-// on; an empty one is the end. It reports whether the scan goes on.
-func (s *Storage) close(ctx context.Context, open map[version]*snapshot, next string, yield func(listing, error) bool) bool {
+// yieldUntil yields the open versions that have no objects from the name next on, or
+// all of them if next is empty. It reports whether the scan goes on.
+func (s *Storage) yieldUntil(ctx context.Context, open map[ModuleVersion]*snapshot, next string, yield func(listing, error) bool) bool {
 	for _, v := range slices.SortedFunc(maps.Keys(open), compareVersions) {
 		if next != "" && s.bucket.name(v, extZip) >= next {
 			continue
@@ -142,25 +142,25 @@ func (s *Storage) close(ctx context.Context, open map[version]*snapshot, next st
 
 // completed scans for the complete versions. It finishes an unfinished one if the
 // caller may.
-func (s *Storage) completed(ctx context.Context, prefix, after string, size int) iter.Seq2[version, error] {
-	return func(yield func(version, error) bool) {
+func (s *Storage) completed(ctx context.Context, prefix, after string, size int) iter.Seq2[ModuleVersion, error] {
+	return func(yield func(ModuleVersion, error) bool) {
 		for found, err := range s.scan(ctx, prefix, after, size) {
 			complete := found.state == Complete
 			if err == nil && found.state == Unfinished {
-				complete, err = s.isComplete(ctx, found.version, found.snapshot)
+				complete, err = s.isComplete(ctx, found.ModuleVersion, found.snapshot)
 			}
-			if (complete || err != nil) && !yield(found.version, err) {
+			if (complete || err != nil) && !yield(found.ModuleVersion, err) {
 				return
 			}
 		}
 	}
 }
 
-func compareVersions(a, b version) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }
+func compareVersions(a, b ModuleVersion) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }
 
 // found judges a version by the objects that the pages showed. What is neither
 // complete nor in progress there is listed once more.
-func (s *Storage) found(ctx context.Context, v version, seen snapshot) (listing, error) {
+func (s *Storage) found(ctx context.Context, v ModuleVersion, seen snapshot) (listing, error) {
 	seen, state, err := s.judge(ctx, v, seen)
 	if err == nil && state != Complete && state != InProgress {
 		if seen, err = s.bucket.look(ctx, v); err == nil {

@@ -36,8 +36,8 @@ func stateCases() []stateCase {
 	copied := map[string]string{keySaveID: "a", keyGeneration: "1"}
 	failed := marked(givenUp, "a")
 	return []stateCase{
-		{"claimed", files{extLock: at(time.Second, "c")}, Absent, 1, Absent, 1},
-		{"claimed by a dead one", files{extLock: at(time.Minute, "c")}, Absent, 1, Absent, 2},
+		{"claimed", files{extClaim: at(time.Second, "c")}, Absent, 1, Absent, 1},
+		{"claimed by a dead one", files{extClaim: at(time.Minute, "c")}, Absent, 1, Absent, 2},
 		{".info", files{extInfo: nil}, Partial, 1, Absent, 4},
 		{".mod", files{extMod: nil}, Partial, 1, Absent, 3},
 		{".zip", files{extZip: nil}, Partial, 1, Absent, 4},
@@ -45,38 +45,38 @@ func stateCases() []stateCase {
 		{".info and .zip", files{extInfo: nil, extZip: nil}, Partial, 1, Absent, 5},
 		{".mod and .zip", files{extMod: nil, extZip: nil}, Partial, 1, Absent, 4},
 		{"begun", files{extMod: at(time.Second, "a")}, InProgress, 0, InProgress, 1},
-		{"begun and claimed", files{extMod: at(time.Second, "a"), extLock: at(time.Minute, "c")}, InProgress, 0, InProgress, 2},
+		{"begun and claimed", files{extMod: at(time.Second, "a"), extClaim: at(time.Minute, "c")}, InProgress, 0, InProgress, 2},
 		{"uploaded", files{extInfo: of("a"), extMod: at(time.Second, "a"), extZip: of("a")}, InProgress, 0, InProgress, 1},
 		{"abandoned", files{extMod: at(time.Hour, "a")}, Abandoned, 1, Absent, 3},
 		{"abandoned without .zip", files{extInfo: of("a"), extMod: at(time.Hour, "a")}, Abandoned, 1, Absent, 4},
 		{"abandoned over another's .zip", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("b")}, Abandoned, 1, Absent, 5},
 		{"abandoned over an own .info", files{extInfo: copied, extMod: at(time.Hour, "a"), extZip: of("a")}, Abandoned, 1, Absent, 5},
 		{"given up", files{extInfo: of("a"), extMod: failed}, Abandoned, 1, Absent, 4},
-		{"given up and claimed", files{extMod: failed, extLock: at(time.Minute, "c")}, Abandoned, 1, Absent, 4},
+		{"given up and claimed", files{extMod: failed, extClaim: at(time.Minute, "c")}, Abandoned, 1, Absent, 4},
 		{"unfinished", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("a")}, Unfinished, 1, Complete, 2},
 		{"unfinished and given up", files{extInfo: of("a"), extMod: failed, extZip: of("a")}, Unfinished, 1, Complete, 2},
 		{"unfinished of an older Athens", files{extInfo: nil, extMod: map[string]string{keyInProgressOld: "true"}, extZip: nil}, Unfinished, 1, Complete, 2},
 		{"complete", files{extInfo: nil, extMod: nil, extZip: nil}, Complete, 0, Complete, 1},
 		{"complete of one save", files{extInfo: of("a"), extMod: of("a"), extZip: of("a")}, Complete, 0, Complete, 1},
 		{"complete, empty marker", files{extInfo: of("a"), extMod: cleared(), extZip: of("a")}, Complete, 0, Complete, 1},
-		{"complete and claimed", files{extInfo: nil, extMod: nil, extZip: nil, extLock: at(time.Minute, "c")}, Complete, 0, Complete, 2},
+		{"complete and claimed", files{extInfo: nil, extMod: nil, extZip: nil, extClaim: at(time.Minute, "c")}, Complete, 0, Complete, 2},
 		{"copied", files{extInfo: copied, extMod: of("a"), extZip: copied}, Complete, 1, Complete, 2},
 	}
 }
 
 // ages are how long ago a case's objects were created.
-var ages = map[string]time.Duration{extInfo: 2 * time.Hour, extMod: 3 * time.Hour, extZip: time.Hour, extLock: 0}
+var ages = map[string]time.Duration{extInfo: 2 * time.Hour, extMod: 3 * time.Hour, extZip: time.Hour, extClaim: 0}
 
 // put makes the objects of a case.
-func (c stateCase) put(f *fakeGCS, v version) {
+func (c stateCase) put(f *fakeGCS, v ModuleVersion) {
 	for ext, metadata := range c.files {
 		f.PutAt(v.object(ext), []byte(ext), metadata, time.Now().Add(-ages[ext]))
 	}
 }
 
 // status is what Scan says of a case.
-func (c stateCase) status(v version) VersionStatus {
-	status := VersionStatus{ModuleVersion: ModuleVersion{v.module, v.version}, State: c.state}
+func (c stateCase) status(v ModuleVersion) VersionStatus {
+	status := VersionStatus{ModuleVersion: v, State: c.state}
 	var updated []time.Time
 	for _, ext := range []string{extInfo, extMod, extZip} {
 		if _, ok := c.files[ext]; !ok {
@@ -93,7 +93,7 @@ func (c stateCase) status(v version) VersionStatus {
 	if c.files[extMod][keyInProgressOld] != "" {
 		status.Renewed = time.Now().Add(-ages[extMod]).UTC()
 	}
-	status.Claimed, _ = time.Parse(time.RFC3339Nano, c.files[extLock][keyInProgress])
+	status.Claimed, _ = time.Parse(time.RFC3339Nano, c.files[extClaim][keyInProgress])
 	return status
 }
 
@@ -128,7 +128,7 @@ func testScan(t *testing.T, module string, short bool) {
 		var want []VersionStatus
 		requests := 0
 		for i, c := range stateCases() {
-			v := version{testModule, fmt.Sprintf("v1.%02d.0", i)}
+			v := ModuleVersion{testModule, fmt.Sprintf("v1.%02d.0", i)}
 			c.put(f, v)
 			want = append(want, c.status(v))
 			if short {
@@ -252,4 +252,10 @@ func TestVersionStatusJSON(t *testing.T) {
 	got, err := json.Marshal(status)
 	require.NoError(t, err)
 	require.JSONEq(t, `{"module": "m", "version": "v1.0.0", "state": "in progress", "missing": ["zip"], "size": 7}`, string(got))
+	var back VersionStatus
+	require.NoError(t, json.Unmarshal(got, &back))
+	require.Equal(t, status, back)
+	require.Error(t, json.Unmarshal([]byte(`{"state": "whole"}`), &back))
+	require.Equal(t, "State(6)", (Complete + 1).String())
+	require.Equal(t, "State(-1)", State(-1).String())
 }

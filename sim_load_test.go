@@ -78,7 +78,7 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 	require.Len(t, winners, l.versions)
 	for vers, n := range winners {
 		require.Equal(t, 1, n, vers)
-		v, c := version{testModule, vers}, contents[vers]
+		v, c := ModuleVersion{testModule, vers}, contents[vers]
 		for ext, want := range map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip} {
 			require.Equal(t, want, f.Get(v.object(ext)).Data, "%s of %s", ext, vers)
 		}
@@ -96,7 +96,7 @@ func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
 	uploads := map[string]int{}
 	for _, r := range f.Log() {
 		if v, ext, ok := parseObject(r.Object); ok && ext == extZip && (r.Op == "insert" || r.Op == "start") {
-			uploads[v.version]++
+			uploads[v.Version]++
 		}
 	}
 	for vers, n := range uploads {

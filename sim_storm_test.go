@@ -218,7 +218,7 @@ func (w *storm) leaveBehind() {
 			}[w.rng.IntN(5)]
 		}
 		if w.rng.IntN(4) > 0 {
-			w.f.PutAt(version{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
+			w.f.PutAt(ModuleVersion{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
 		}
 	}
 	w.inspect()
@@ -568,7 +568,7 @@ func (w *storm) inspect() {
 	defer w.mu.Unlock()
 	objects := w.f.Objects()
 	for _, vers := range w.versions {
-		v := version{stormModule, vers}
+		v := ModuleVersion{stormModule, vers}
 		info, mod, zip := objects[testPrefix+v.object(extInfo)], objects[testPrefix+v.object(extMod)], objects[testPrefix+v.object(extZip)]
 		if mod == nil {
 			delete(w.lives, vers)

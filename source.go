@@ -28,12 +28,12 @@ type source struct {
 	limit int    // how large a small zip may be
 	start int64  // where the zip starts in a reader that can seek, -1 in another
 
-	head   []byte  // the first bytes, until they are sent if they are not all
-	whole  bool    // head is the whole file
-	spent  bool    // bytes that are not in head were read
-	read   int64   // bytes read since the start of the zip
-	passes []int64 // sizes of the zip, each time that it was read to its end
-	err    error   // what the reader or the check failed with
+	head     []byte  // bytes that are read ahead and not sent; all of the file if whole
+	whole    bool    // head is the whole file
+	consumed bool    // bytes beyond head have been read
+	read     int64   // bytes read since the start of the zip
+	passes   []int64 // sizes of the zip, each time that it was read to its end
+	err      error   // what the reader or the check failed with
 }
 
 // newSource returns the source of a zip. It reads nothing.
@@ -58,7 +58,7 @@ func bytesSource(b []byte) *source {
 // load reads ahead, once, and checks a small zip. If the context ends, the next
 // load goes on where this one was.
 func (z *source) load(ctx context.Context) error {
-	for !z.whole && !z.spent && z.err == nil {
+	for !z.whole && !z.consumed && z.err == nil {
 		if len(z.head) == cap(z.head) {
 			size := min(max(blockSize, 4*cap(z.head)), z.limit+1)
 			z.head = append(make([]byte, 0, size), z.head...)
@@ -72,7 +72,7 @@ func (z *source) load(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		z.spent = len(z.head) > z.limit
+		z.consumed = len(z.head) > z.limit
 	}
 	return z.err
 }
@@ -149,7 +149,7 @@ func (z *source) ready() bool {
 	if z.err != nil {
 		return false
 	}
-	if !z.spent || z.head != nil {
+	if !z.consumed || z.head != nil {
 		return true
 	}
 	if z.start < 0 {

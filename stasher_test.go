@@ -225,11 +225,11 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 		}))
 		for range 2 {
 			var group sync.WaitGroup
-			for _, v := range []version{{"a", "v1.0.0"}, {"a", "v1.0.1"}, {"b", "v1.0.0"}, {"a", "master"}, {"b", "master"}} {
+			for _, v := range []ModuleVersion{{"a", "v1.0.0"}, {"a", "v1.0.1"}, {"b", "v1.0.0"}, {"a", "master"}, {"b", "master"}} {
 				group.Go(func() {
-					saved, err := stasher.Stash(t.Context(), v.module, v.version)
+					saved, err := stasher.Stash(t.Context(), v.Module, v.Version)
 					require.NoError(t, err)
-					require.Equal(t, v.version, saved)
+					require.Equal(t, v.Version, saved)
 				})
 			}
 			group.Wait()
@@ -297,11 +297,11 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 		"at the call":           {0, nil},
 		"just after the call":   {time.Nanosecond, nil},
 		"at the first list":     {time.Hour, on("list", "")},
-		"at the claim":          {time.Hour, on("insert", extLock)},
+		"at the claim":          {time.Hour, on("insert", extClaim)},
 		"during the fetch":      {takes / 2, nil},
 		"at the save":           {time.Hour, on("insert", extMod)},
 		"at the commit":         {time.Hour, on("patch", extMod)},
-		"at the claim's delete": {time.Hour, on("delete", extLock)},
+		"at the claim's delete": {time.Hour, on("delete", extClaim)},
 	} {
 		for _, vers := range []string{testVersion, "master"} {
 			if vers == "master" && (name == "at the claim" || name == "at the claim's delete") {
@@ -485,7 +485,7 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 		var group sync.WaitGroup
 		var begun atomic.Bool
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == objectName(extLock) && begun.CompareAndSwap(false, true) {
+			if r.Op == "insert" && r.Object == objectName(extClaim) && begun.CompareAndSwap(false, true) {
 				group.Go(func() {
 					c := contentOf(testVersion, 100)
 					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
@@ -828,7 +828,7 @@ func TestSingleFlightSlowHolder(t *testing.T) {
 func renewed(t *testing.T, f *fakeGCS) (n int) {
 	for _, r := range f.Log() {
 		require.NotEqual(t, 429, r.Status)
-		if r.Op == "patch" && r.Object == objectName(extLock) && r.Applied {
+		if r.Op == "patch" && r.Object == objectName(extClaim) && r.Applied {
 			n++
 		}
 	}
@@ -884,11 +884,11 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		fleet[0].Pause()
 		time.Sleep(4 * time.Minute)
-		holder := f.Get(objectName(extLock))
+		holder := f.Get(objectName(extClaim))
 		fleet[0].Resume()
 		time.Sleep(75 * time.Second) // the first is done
 		requireComplete(t, f, testModule, testVersion)
-		now := f.Get(objectName(extLock))
+		now := f.Get(objectName(extClaim))
 		require.NotNil(t, now)
 		require.Equal(t, holder.Generation, now.Generation)
 		group.Wait()
@@ -911,7 +911,7 @@ func TestSingleFlightStaleClaim(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				f.Put(objectName(extLock), nil, test.metadata())
+				f.Put(objectName(extClaim), nil, test.metadata())
 				time.Sleep(2 * time.Second)
 				o := &origin{}
 				start := time.Now()
@@ -933,11 +933,11 @@ func TestSingleFlightStaleClaim(t *testing.T) {
 func TestClaimIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		s := f.storage("a")
-		fresh := func(v version) { f.Put(v.object(extLock), nil, marked(time.Now(), "other")) }
-		fresh(version{testModule, "v0.9.0"}) // a version that is being fetched
+		fresh := func(v ModuleVersion) { f.Put(v.object(extClaim), nil, marked(time.Now(), "other")) }
+		fresh(ModuleVersion{testModule, "v0.9.0"}) // a version that is being fetched
 		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-		fresh(version{testModule, testVersion})
-		fresh(version{"another.org/mod", "v1.0.0"})
+		fresh(ModuleVersion{testModule, testVersion})
+		fresh(ModuleVersion{"another.org/mod", "v1.0.0"})
 
 		var seen []VersionStatus
 		for status, err := range s.Scan(t.Context(), "another.org/mod") {
@@ -1021,7 +1021,7 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 						log := &syncedLog{}
 						s := f.storage("a", log.option())
 						require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-						f.Put(objectName(extLock), nil, marked(time.Now(), "other"))
+						f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
 						time.Sleep(age)
 						if denied {
 							f.Deny("storage.objects.delete")
@@ -1033,7 +1033,7 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 						} else {
 							require.NoError(t, err)
 						}
-						require.Equal(t, !removes || denied, f.Get(objectName(extLock)) != nil)
+						require.Equal(t, !removes || denied, f.Get(objectName(extClaim)) != nil)
 						require.Empty(t, log.String())
 						requireComplete(t, f, testModule, testVersion)
 					})
@@ -1047,7 +1047,7 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 // leaves a fresh one alone.
 func TestRepairRemovesLoneClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extLock), nil, marked(time.Now(), "other"))
+		f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
 		for _, left := range []int{1, 0} {
 			state, err := f.storage("a").Repair(t.Context(), testModule, testVersion)
 			require.NoError(t, err)
@@ -1332,7 +1332,7 @@ func TestSingleFlightCost(t *testing.T) {
 		}, 1, 0, 1},
 		{"complete version beside a stale claim", testVersion, func(f *fakeGCS, s *Storage) {
 			stashSave(context.Background(), s, testModule, testVersion)
-			f.Put(objectName(extLock), nil, marked(givenUp, "dead"))
+			f.Put(objectName(extClaim), nil, marked(givenUp, "dead"))
 		}, 2, 0, 2},
 		{"query", "master", func(*fakeGCS, *Storage) {}, 0, 0, 3},
 	} {

@@ -2,7 +2,6 @@ package gcs
 
 import (
 	"log/slog"
-	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -14,10 +13,9 @@ import (
 const DefaultStaleThreshold = 2 * time.Minute
 
 const (
-	// defaultChunkSize is the client's own default: a round trip each time that
-	// many bytes of a large zip are sent.
-	defaultChunkSize = 16 << 20
-	maxChunkSize     = 128 << 20
+	maxChunkSize = 128 << 20
+	// claimFraction is what part of the stale threshold a claim is believed.
+	claimFraction = 4
 )
 
 // Storage keeps the versions of Go modules in a Cloud Storage bucket.
@@ -31,10 +29,11 @@ const (
 // # Errors
 //
 // Every error is an [*Error], or wraps one (see [WithErrors]). [Kind] tells what to
-// do about it, and its Err is the cause. The kinds are the same in every call:
+// do about it, and its Err is the cause. The kinds are the same in every call, and
+// [Storage.Save] has one more, KindAlreadyExists:
 //
 //   - KindBadRequest: a module, version or prefix that no object name can be made
-//     of, before any request.
+//     of, before any request. Other arguments are said where they are refused.
 //   - KindNotFound: what the call is about does not exist. A bucket that does not
 //     exist is KindNotFound in every call. A read cannot tell it from a missing
 //     object; [Storage.Check] can.
@@ -47,9 +46,11 @@ const (
 // # Requests
 //
 // A request is retried for up to 5 minutes, or until its context ends, if the client
-// would retry it, or if the connection closed without an answer. That is safe
-// because every change is conditional. A request without an answer is sent again
-// after 5 seconds, an upload after 10 seconds and more.
+// would retry it, if the connection closed without an answer, or if it met another
+// change of the same object (409). That is safe because every change is conditional.
+// A request without an answer is sent again after 5 seconds, an upload after 10
+// seconds and more, and each time the wait is twice as long. Chunks of a zip, and a
+// zip stream that breaks, are retried by the client.
 //
 // # Permissions
 //
@@ -100,7 +101,8 @@ func WithChunkSize(bytes int) Option {
 
 // WithPrefix puts all objects below a prefix, such as "athens/". The slash at its
 // end may be left out. An empty prefix is none. If no object name can begin with
-// the prefix, or if it holds the element "@v", every call is KindBadRequest.
+// the prefix, or if one of its elements is empty, ".", ".." or "@v", every call is
+// KindBadRequest.
 //
 // Storages with different prefixes in one bucket do not see each other's versions,
 // unless one prefix is a folder of the other: "a/b/" is the module path b below "a/".
@@ -115,7 +117,8 @@ func WithPrefix(prefix string) Option {
 
 // WithErrors passes every error of the package through wrap on its way to the
 // caller. A call that succeeds does not call wrap. What wrap returns must wrap the
-// *Error, so that [Kind] and [SingleFlight] know it.
+// *Error, so that [Kind] and [Storage.SingleFlight] know it. Concurrent calls call
+// wrap concurrently. WithErrors panics if wrap is nil.
 func WithErrors(wrap func(*Error) error) Option {
 	if wrap == nil {
 		panic("gcs: WithErrors: wrap is nil")
@@ -128,19 +131,15 @@ func WithErrors(wrap func(*Error) error) Option {
 // gRPC, remains the caller's to close. NewStorage panics if bucket or an option is
 // nil.
 //
-// The back-off that was set with [storage.BucketHandle.Retryer] is used for chunks
-// of large zips. All other requests are retried by this package.
-func NewStorage(bucketHandle *storage.BucketHandle, opts ...Option) *Storage {
-	if bucketHandle == nil {
+// A back-off that was set with [storage.BucketHandle.Retryer] is used for what the
+// client retries. The client may switch the other retries off in the handle that was
+// passed: do not use it for anything else.
+func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
+	if bucket == nil {
 		panic("gcs: NewStorage: the bucket is nil")
 	}
 	s := &Storage{
-		bucket: &bucket{
-			handle:    bucketHandle.Retryer(storage.WithPolicy(storage.RetryNever)),
-			retrying:  bucketHandle.Retryer(storage.WithErrorFunc(isTransient)),
-			chunkSize: defaultChunkSize,
-			rand:      rand.N[time.Duration],
-		},
+		bucket:    newBucket(bucket),
 		log:       slog.New(slog.DiscardHandler),
 		wrap:      func(e *Error) error { return e },
 		now:       time.Now,
@@ -163,8 +162,9 @@ func NewStorage(bucketHandle *storage.BucketHandle, opts ...Option) *Storage {
 // [DefaultStaleThreshold].
 //
 // A saver renews its marker four times in the threshold, but not more than once a
-// second, so a threshold under four seconds makes live savers look dead. That, or
-// machines that disagree about the threshold, wastes uploads and harms nothing.
+// second. A renewal that gets no answer is sent again after 5 seconds. So under a
+// threshold of 30 seconds, a live holder of a claim may look dead. That, or machines
+// that disagree about the threshold, wastes uploads and harms nothing.
 //
 // It is safe for concurrent use; calls that have begun may use either value.
 func (s *Storage) SetStaleThreshold(d time.Duration) {
@@ -176,10 +176,14 @@ func (s *Storage) SetStaleThreshold(d time.Duration) {
 
 func (s *Storage) staleThreshold() time.Duration { return time.Duration(s.threshold.Load()) }
 
+// claimThreshold is how long after its last renewal a claim is believed: whoever
+// fetches has stored nothing yet, so a wrong guess costs less than a save's.
+func (s *Storage) claimThreshold() time.Duration { return s.staleThreshold() / claimFraction }
+
 // state judges a snapshot by this machine's clock.
 func (s *Storage) state(seen snapshot) State { return seen.state(s.now(), s.staleThreshold()) }
 
 // newLease returns a lease that holds nothing yet.
-func (s *Storage) newLease(v version, ext string, body []byte, threshold time.Duration) lease {
+func (s *Storage) newLease(v ModuleVersion, ext string, body []byte, threshold time.Duration) lease {
 	return lease{b: s.bucket, v: v, ext: ext, id: newSaveID(), body: body, now: s.now, threshold: threshold}
 }

@@ -115,125 +115,125 @@ func TestSpans(t *testing.T) {
 		prepare func(t *testing.T, f *fakeGCS, s *Storage)
 		call    func(ctx context.Context, s *Storage) error
 		span    string
-		on      version
+		on      ModuleVersion
 		outcome string
 		err     error // that must be recorded
 	}{
 		{"a new version", nil, func(ctx context.Context, s *Storage) error {
 			return contentOf("a", 100).save(ctx, s)
-		}, "gcs.Save", version{testModule, testVersion}, "stored", nil},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "stored", nil},
 		{"one that exists", stored, func(ctx context.Context, s *Storage) error {
 			return contentOf("a", 100).save(ctx, s)
-		}, "gcs.Save", version{testModule, testVersion}, "existed", nil},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "existed", nil},
 		{"over a part", func(t *testing.T, f *fakeGCS, s *Storage) {
 			leave(f, nil, extMod)
 		}, func(ctx context.Context, s *Storage) error {
 			return contentOf("a", 100).save(ctx, s)
-		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "healed", nil},
 		{"over leftovers without a .mod", func(t *testing.T, f *fakeGCS, s *Storage) {
 			leave(f, nil, extInfo)
 		}, func(ctx context.Context, s *Storage) error {
 			return contentOf("a", 100).save(ctx, s)
-		}, "gcs.Save", version{testModule, testVersion}, "took over", nil},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "healed", nil},
 		{"an unfinished one", func(t *testing.T, f *fakeGCS, s *Storage) {
 			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
 		}, func(ctx context.Context, s *Storage) error {
 			return contentOf("a", 100).save(ctx, s)
-		}, "gcs.Save", version{testModule, testVersion}, "finished another's", nil},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "finished another's", nil},
 		{"a zip that breaks off", nil, func(ctx context.Context, s *Storage) error {
 			return s.Save(ctx, testModule, testVersion, nil, failingReader{broken}, nil, nil)
-		}, "gcs.Save", version{testModule, testVersion}, "failed", broken},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "failed", broken},
 		{"no zip", nil, func(ctx context.Context, s *Storage) error {
 			return s.Save(ctx, testModule, testVersion, nil, nil, nil, nil)
-		}, "gcs.Save", version{testModule, testVersion}, "failed", errors.New("nil")},
+		}, "gcs.Save", ModuleVersion{testModule, testVersion}, "failed", errors.New("nil")},
 		{"exists", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.Exists(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Exists", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.Exists", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"exists without permission", func(t *testing.T, f *fakeGCS, s *Storage) {
 			f.Deny("storage.objects.list")
 		}, func(ctx context.Context, s *Storage) error {
 			_, err := s.Exists(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Exists", version{testModule, testVersion}, "failed", errors.New("storage.objects.list")},
+		}, "gcs.Exists", ModuleVersion{testModule, testVersion}, "failed", errors.New("storage.objects.list")},
 		{"info", stored, func(ctx context.Context, s *Storage) error {
 			_, err := s.Info(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Info", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.Info", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"no info", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.Info(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Info", version{testModule, testVersion}, "not found", nil},
+		}, "gcs.Info", ModuleVersion{testModule, testVersion}, "not found", nil},
 		{"go.mod", stored, func(ctx context.Context, s *Storage) error {
 			_, err := s.GoMod(ctx, testModule, testVersion)
 			return err
-		}, "gcs.GoMod", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.GoMod", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"zip", stored, func(ctx context.Context, s *Storage) error {
 			zip, err := s.Zip(ctx, testModule, testVersion)
 			if err == nil {
 				zip.Close()
 			}
 			return err
-		}, "gcs.Zip", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.Zip", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"no zip", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.Zip(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Zip", version{testModule, testVersion}, "not found", nil},
+		}, "gcs.Zip", ModuleVersion{testModule, testVersion}, "not found", nil},
 		{"list", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.List(ctx, testModule)
 			return err
-		}, "gcs.List", version{testModule, ""}, "ok", nil},
+		}, "gcs.List", ModuleVersion{testModule, ""}, "ok", nil},
 		{"list nothing", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.List(ctx, "a//b")
 			return err
-		}, "gcs.List", version{"a//b", ""}, "failed", errors.New("empty element")},
+		}, "gcs.List", ModuleVersion{"a//b", ""}, "failed", errors.New("empty element")},
 		{"catalog", nil, func(ctx context.Context, s *Storage) error {
 			_, _, err := s.Catalog(ctx, "", 0)
 			return err
-		}, "gcs.Catalog", version{}, "ok", nil},
+		}, "gcs.Catalog", ModuleVersion{}, "ok", nil},
 		{"delete", stored, func(ctx context.Context, s *Storage) error {
 			return s.Delete(ctx, testModule, testVersion)
-		}, "gcs.Delete", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.Delete", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"delete nothing", nil, func(ctx context.Context, s *Storage) error {
 			return s.Delete(ctx, testModule, testVersion)
-		}, "gcs.Delete", version{testModule, testVersion}, "not found", nil},
+		}, "gcs.Delete", ModuleVersion{testModule, testVersion}, "not found", nil},
 		{"a context that has ended", nil, func(ctx context.Context, s *Storage) error {
 			ctx, cancel := context.WithCancel(ctx)
 			cancel()
 			_, err := s.Exists(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Exists", version{testModule, testVersion}, "failed", context.Canceled},
+		}, "gcs.Exists", ModuleVersion{testModule, testVersion}, "failed", context.Canceled},
 		{"stash", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.SingleFlight(answering("", nil)).Stash(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Stash", version{testModule, testVersion}, "ok", nil},
+		}, "gcs.Stash", ModuleVersion{testModule, testVersion}, "ok", nil},
 		{"stash of what another has saved", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.SingleFlight(answering("", &Error{Kind: KindAlreadyExists, Module: testModule})).Stash(ctx, testModule, "master")
 			return err
-		}, "gcs.Stash", version{testModule, "master"}, "ok", nil},
+		}, "gcs.Stash", ModuleVersion{testModule, "master"}, "ok", nil},
 		{"stash that fails", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.SingleFlight(answering("", broken)).Stash(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Stash", version{testModule, testVersion}, "failed", broken},
+		}, "gcs.Stash", ModuleVersion{testModule, testVersion}, "failed", broken},
 		{"stash of what there is not", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.SingleFlight(answering("", &Error{Kind: KindNotFound, Err: broken})).Stash(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Stash", version{testModule, testVersion}, "not found", nil},
+		}, "gcs.Stash", ModuleVersion{testModule, testVersion}, "not found", nil},
 		{"stash of what the file system has not", nil, func(ctx context.Context, s *Storage) error {
 			_, err := s.SingleFlight(answering("", errGone)).Stash(ctx, testModule, "master")
 			return err
-		}, "gcs.Stash", version{testModule, "master"}, "not found", nil},
+		}, "gcs.Stash", ModuleVersion{testModule, "master"}, "not found", nil},
 		{"scan", stored, func(ctx context.Context, s *Storage) error {
 			for _, err := range s.Scan(ctx, testModule) {
 				return err
 			}
 			return nil
-		}, "gcs.Scan", version{testModule, ""}, "ok", nil},
+		}, "gcs.Scan", ModuleVersion{testModule, ""}, "ok", nil},
 		{"repair", stored, func(ctx context.Context, s *Storage) error {
 			_, err := s.Repair(ctx, testModule, testVersion)
 			return err
-		}, "gcs.Repair", version{testModule, testVersion}, "ok", nil},
-		{"check", nil, func(ctx context.Context, s *Storage) error { return s.Check(ctx) }, "gcs.Check", version{}, "ok", nil},
+		}, "gcs.Repair", ModuleVersion{testModule, testVersion}, "ok", nil},
+		{"check", nil, func(ctx context.Context, s *Storage) error { return s.Check(ctx) }, "gcs.Check", ModuleVersion{}, "ok", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {
@@ -257,8 +257,8 @@ func TestSpans(t *testing.T) {
 				require.Equal(t, parent.SpanContext().SpanID(), span.Parent.SpanID())
 				require.Equal(t, took, span.EndTime.Sub(span.StartTime))
 				require.ElementsMatch(t, []attribute.KeyValue{
-					attribute.String("module", test.on.module),
-					attribute.String("version", test.on.version),
+					attribute.String("module", test.on.Module),
+					attribute.String("version", test.on.Version),
 					attribute.String("outcome", test.outcome),
 				}, span.Attributes)
 				if test.err == nil {
@@ -327,7 +327,7 @@ func TestSavesByOutcome(t *testing.T) {
 
 			f.Remove(objectName(extZip))
 			require.NoError(t, a.save(t.Context(), s))
-			want[outcomeTookOver]++
+			want[outcomeHealed]++
 			require.Equal(t, want, w.saves())
 
 			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
@@ -343,8 +343,8 @@ func TestSavesByOutcome(t *testing.T) {
 			require.Equal(t, want, w.saves())
 			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		}
-		require.Equal(t, []string{"stored", "existed", "took over", "finished another's", "failed"},
-			[]string{outcomeStored, outcomeExisted, outcomeTookOver, outcomeFinished, outcomeFailed})
+		require.Equal(t, []string{"stored", "existed", "healed", "finished another's", "failed"},
+			[]string{outcomeStored, outcomeExisted, outcomeHealed, outcomeFinished, outcomeFailed})
 	})
 }
 
@@ -392,7 +392,7 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 	}{
 		{"save", "save", extMod, save, DefaultStaleThreshold},
 		{"stash behind a save", "save", extMod, stash, DefaultStaleThreshold},
-		{"stash behind a fetch", "fetch", extLock, stash, claimStale},
+		{"stash behind a fetch", "fetch", extClaim, stash, claimStale},
 	} {
 		for _, left := range []struct {
 			name   string
@@ -504,7 +504,7 @@ func TestFencedIsLogged(t *testing.T) {
 		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
 		require.Zero(t, w.renewalsFailed())
 		require.EqualValues(t, 1, w.takeovers())
-		require.Equal(t, map[string]float64{"took over": 1, "existed": 1}, w.saves())
+		require.Equal(t, map[string]float64{"healed": 1, "existed": 1}, w.saves())
 	})
 }
 
@@ -545,12 +545,12 @@ func TestHealedIsLogged(t *testing.T) {
 				return err
 			}
 			return nil
-		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		}, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
 		{"unfinished, by Exists", leaveUnfinished, func(ctx context.Context, s *Storage) error {
 			_, err := s.Exists(ctx, testModule, testVersion)
 			return err
-		}, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
-		{"unfinished, by Repair", leaveUnfinished, repair, `level=INFO msg="finished an abandoned save" module=example.com/mod version=v1.0.0`},
+		}, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
+		{"unfinished, by Repair", leaveUnfinished, repair, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
 		{"abandoned, by Repair", func(f *fakeGCS) { leave(f, marked(givenUp, "other"), extMod) }, repair,
 			`level=INFO msg="removed what was left of a version" module=example.com/mod version=v1.0.0 found=abandoned`},
 	} {
@@ -603,7 +603,7 @@ func TestNothingIsLogged(t *testing.T) {
 // What is told to nobody costs next to nothing.
 func TestSilenceIsCheap(t *testing.T) {
 	s := newStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
-	v := version{testModule, testVersion}
+	v := ModuleVersion{testModule, testVersion}
 	ctx := context.Background()
 	allocs := testing.AllocsPerRun(1000, func() {
 		_, c := s.begin(ctx, "Exists", v)

@@ -15,10 +15,10 @@ import (
 )
 
 var contentTypes = map[string]string{
-	extInfo: "application/json",
-	extMod:  "text/plain; charset=utf-8",
-	extZip:  "application/zip",
-	extLock: "text/plain; charset=utf-8",
+	extInfo:  "application/json",
+	extMod:   "text/plain; charset=utf-8",
+	extZip:   "application/zip",
+	extClaim: "text/plain; charset=utf-8",
 }
 
 // slowLine is how many bytes a second an upload makes at least, before it counts
@@ -31,8 +31,8 @@ func uploadTimeout(size int64) time.Duration {
 
 var crc32c = crc32.MakeTable(crc32.Castagnoli)
 
-func (b *bucket) writer(ctx context.Context, handle *storage.BucketHandle, v version, ext string, cond storage.Conditions, metadata map[string]string) *storage.Writer {
-	w := handle.Object(b.name(v, ext)).If(cond).NewWriter(ctx)
+func newWriter(ctx context.Context, object *storage.ObjectHandle, ext string, cond storage.Conditions, metadata map[string]string) *storage.Writer {
+	w := object.If(cond).NewWriter(ctx)
 	w.ContentType = contentTypes[ext]
 	w.Metadata = metadata
 	return w
@@ -50,10 +50,10 @@ func withWritePermission(err error, cond storage.Conditions) error {
 //
 // The client's own retries need a buffer for each upload, of 256 KiB for a go.mod
 // of 100 bytes. Here the bytes are at hand.
-func (b *bucket) put(ctx context.Context, v version, ext string, cond storage.Conditions, metadata func() map[string]string, body []byte) (attrs *storage.ObjectAttrs, err error) {
+func (b *bucket) put(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions, metadata func() map[string]string, body []byte) (attrs *storage.ObjectAttrs, err error) {
 	sendSum := true
 	err = b.do(ctx, uploadTimeout(int64(len(body))), func(ctx context.Context) error {
-		w := b.writer(ctx, b.handle, v, ext, cond, metadata())
+		w := newWriter(ctx, b.object(v, ext), ext, cond, metadata())
 		w.ChunkSize = 0
 		// Sent ahead, so that GCS refuses what arrives cut short.
 		w.CRC32C, w.SendCRC32C = crc32.Checksum(body, crc32c), sendSum
@@ -82,9 +82,9 @@ var errHung = errors.New("the upload made no progress")
 //
 // GCS checks the MD5, which it computes anyway. To compute it here took as long as
 // sending does over loopback, since nothing is sent meanwhile.
-func (b *bucket) stream(ctx context.Context, v version, cond storage.Conditions, metadata map[string]string, z *source) error {
+func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Conditions, metadata map[string]string, z *source) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	w := b.writer(ctx, b.retrying, v, extZip, cond, metadata)
+	w := newWriter(ctx, b.streamed(v, extZip), extZip, cond, metadata)
 	w.ChunkSize = b.chunkSize
 	w.MD5 = z.md5
 	w.ChunkTransferTimeout = uploadTimeout(int64(b.chunkSize))
@@ -131,7 +131,7 @@ func (b *bucket) stream(ctx context.Context, v version, cond storage.Conditions,
 // checkMD5 compares what the server says that it has stored with what it was to
 // store. An emulator may store before it checks. The save fails, so the object is no
 // part of a version; but reads would find it.
-func (b *bucket) checkMD5(ctx context.Context, v version, stored *storage.ObjectAttrs, z *source) error {
+func (b *bucket) checkMD5(ctx context.Context, v ModuleVersion, stored *storage.ObjectAttrs, z *source) error {
 	if len(stored.MD5) == 0 || bytes.Equal(stored.MD5, z.md5) {
 		return nil
 	}

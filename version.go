@@ -3,6 +3,7 @@ package gcs
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -15,13 +16,13 @@ import (
 // The endings of the names of a version's three objects, and of the claim of
 // whoever is fetching it.
 const (
-	extInfo = "info"
-	extMod  = "mod"
-	extZip  = "zip"
-	extLock = "lock"
+	extInfo  = "info"
+	extMod   = "mod"
+	extZip   = "zip"
+	extClaim = "lock"
 )
 
-// A ModuleVersion is one entry of a catalog.
+// A ModuleVersion names a version of a module.
 type ModuleVersion struct {
 	Module  string `json:"module"`
 	Version string `json:"version"`
@@ -31,28 +32,23 @@ type ModuleVersion struct {
 // https://cloud.google.com/storage/docs/objects#naming
 const maxObjectName = 1024
 
-// A version names one version of one module.
-type version struct {
-	module, version string
-}
-
 // object returns the name of one of the version's objects, below the prefix.
-func (v version) object(ext string) string {
-	return v.module + "/@v/" + v.version + "." + ext
+func (v ModuleVersion) object(ext string) string {
+	return v.Module + "/@v/" + v.Version + "." + ext
 }
 
 // check returns an error of KindBadRequest if no module can have such a version.
-func (v version) check() error {
-	if err := checkPath(v.module); err != nil {
+func (v ModuleVersion) check() error {
+	if err := checkPath(v.Module); err != nil {
 		return badRequest("module", err)
 	}
-	err := checkName(v.version)
+	err := checkName(v.Version)
 	switch {
 	case err != nil:
-	case strings.Contains(v.version, "/"):
+	case strings.Contains(v.Version, "/"):
 		err = errors.New("holds a slash")
-	case v.version == "." || v.version == "..":
-		err = fmt.Errorf("is %q", v.version)
+	case v.Version == "." || v.Version == "..":
+		err = fmt.Errorf("is %q", v.Version)
 	default:
 		return nil
 	}
@@ -95,18 +91,18 @@ func checkName(name string) error {
 
 // parseObject is the inverse of version.object. It reports false for any other
 // object that may be in the bucket.
-func parseObject(name string) (v version, ext string, ok bool) {
+func parseObject(name string) (v ModuleVersion, ext string, ok bool) {
 	module, rest, _ := strings.Cut(name, "/@v/")
 	dot := strings.LastIndexByte(rest, '.')
 	if dot < 0 {
-		return version{}, "", false
+		return ModuleVersion{}, "", false
 	}
-	v, ext = version{module, rest[:dot]}, rest[dot+1:]
+	v, ext = ModuleVersion{module, rest[:dot]}, rest[dot+1:]
 	switch ext {
-	case extInfo, extMod, extZip, extLock:
+	case extInfo, extMod, extZip, extClaim:
 		return v, ext, v.check() == nil
 	}
-	return version{}, "", false
+	return ModuleVersion{}, "", false
 }
 
 // A snapshot holds the objects of a version as a listing showed them. An absent
@@ -114,7 +110,7 @@ func parseObject(name string) (v version, ext string, ok bool) {
 // them at the same moment.
 type snapshot struct {
 	info, mod, zip *storage.ObjectAttrs
-	lock           *storage.ObjectAttrs // no part of the version
+	claim          *storage.ObjectAttrs // no part of the version
 }
 
 func (s *snapshot) slot(ext string) **storage.ObjectAttrs {
@@ -123,8 +119,8 @@ func (s *snapshot) slot(ext string) **storage.ObjectAttrs {
 		return &s.info
 	case extMod:
 		return &s.mod
-	case extLock:
-		return &s.lock
+	case extClaim:
+		return &s.claim
 	default:
 		return &s.zip
 	}
@@ -161,13 +157,28 @@ const (
 	Complete                // no marker, all three objects
 )
 
+var stateWords = []string{"absent", "partial", "in progress", "abandoned", "unfinished", "complete"}
+
 // String returns the state's word in lower case.
 func (s State) String() string {
-	return [...]string{"absent", "partial", "in progress", "abandoned", "unfinished", "complete"}[s]
+	if s < 0 || int(s) >= len(stateWords) {
+		return fmt.Sprintf("State(%d)", int(s))
+	}
+	return stateWords[s]
 }
 
 // MarshalText returns the state's word in lower case.
 func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText sets the state from its word.
+func (s *State) UnmarshalText(word []byte) error {
+	i := slices.Index(stateWords, string(word))
+	if i < 0 {
+		return fmt.Errorf("no state of a version is called %q", word)
+	}
+	*s = State(i)
+	return nil
+}
 
 // state judges the snapshot at the time now of the local clock. The clock tells
 // only InProgress from Abandoned and Unfinished, and whatever is done about these

@@ -244,7 +244,7 @@ func FuzzObjectName(f *testing.F) {
 	exts := []string{extInfo, extMod, extZip}
 	f.Fuzz(func(t *testing.T, module, vers string) {
 		b := &bucket{}
-		if v := (version{module, vers}); b.check(v) == nil {
+		if v := (ModuleVersion{module, vers}); b.check(v) == nil {
 			for _, ext := range exts {
 				name := v.object(ext)
 				if len(name) > 1024 || !utf8.ValidString(name) || strings.ContainsAny(name, "\r\n") ||

@@ -13,7 +13,7 @@ const tellAfter = 5 * time.Second
 // A waiter makes the pauses of one call that waits for another's save or fetch.
 type waiter struct {
 	s     *Storage
-	v     version
+	v     ModuleVersion
 	start time.Time // of the first pause
 	told  bool
 }
@@ -28,7 +28,7 @@ func (w *waiter) pause(ctx context.Context, what string, object *storage.ObjectA
 	if waited >= tellAfter && !w.told {
 		w.told = true
 		m, _ := readMarker(object)
-		w.s.log.InfoContext(ctx, "waiting for another "+what, "module", w.v.module, "version", w.v.version,
+		w.s.log.InfoContext(ctx, "waiting for another "+what, "module", w.v.Module, "version", w.v.Version,
 			"since", w.start, "renewed", m.renewed, "until", m.renewed.Add(threshold))
 	}
 	return sleep(ctx, w.s.pollPause(waited))
@@ -41,8 +41,9 @@ func (w *waiter) end(ctx context.Context) {
 	}
 }
 
-// pollPause returns the pause before the next poll: about as long as the wait so
-// far, between 0.1 s and 2 s.
+// pollPause returns the pause before the next poll: as long as the wait so far, at
+// least 0.1 s. From 1.5 s on it is a tenth of the wait, between 1.6 s and 2 s. It is
+// up to a twentieth shorter, at random.
 func (s *Storage) pollPause(waited time.Duration) time.Duration {
 	pause := max(waited, 100*time.Millisecond)
 	if waited > 1500*time.Millisecond {
@@ -53,12 +54,12 @@ func (s *Storage) pollPause(waited time.Duration) time.Duration {
 
 // tookOver tells of a marker that was taken over because its holder stopped
 // renewing it. A holder that gave its marker up is no reason to tell.
-func (s *Storage) tookOver(ctx context.Context, v version, what string, from *storage.ObjectAttrs) {
+func (s *Storage) tookOver(ctx context.Context, v ModuleVersion, what string, from *storage.ObjectAttrs) {
 	m, marked := readMarker(from)
 	if !marked || m.isGivenUp() {
 		return
 	}
 	s.telemetry.takeovers.Add(ctx, 1)
 	s.log.WarnContext(ctx, "took over from a "+what+" that stopped renewing its marker",
-		"module", v.module, "version", v.version, "age", s.now().Sub(m.renewed).Round(time.Millisecond))
+		"module", v.Module, "version", v.Version, "age", s.now().Sub(m.renewed).Round(time.Millisecond))
 }
