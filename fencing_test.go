@@ -3,6 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"sync"
 	"testing"
@@ -228,5 +229,54 @@ func TestDeleteNeedsTheMod(t *testing.T) {
 		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
 		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
+	})
+}
+
+// A save that was fenced after its zip was read, and cannot read it again, stores
+// nothing: the rest of a zip is no zip.
+func TestFencedCannotReread(t *testing.T) {
+	for _, deleted := range []bool{true, false} {
+		t.Run(fmt.Sprint(deleted), func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				var once sync.Once
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Machine == "a" && r.Op == "patch" {
+						once.Do(func() {
+							if f.Remove(objectName(extMod)); !deleted {
+								f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+							}
+						})
+					}
+					return fakegcs.NoFault
+				})
+				a := contentOf("a", 2<<20)
+				err := f.storage("a", WithChunkSize(256<<10)).Save(t.Context(), testModule, testVersion, a.mod, plain(bytes.NewReader(a.zip)), nil, a.info)
+				requireKind(t, err, KindUnexpected)
+				require.ErrorIs(t, err, errCannotReread)
+				ok, err := f.storage("b").Exists(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.False(t, ok)
+			})
+		})
+	}
+}
+
+// A save that comes second again and again, to saves that fail, does not give up.
+func TestTakeoverLosesManyRaces(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+		races := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Cond["ifGenerationMatch"] != "0" && races < 2*maxRefused {
+				races++
+				f.Put(objectName(extMod), nil, marked(time.Now(), "another"))
+				time.AfterFunc(10*time.Second, func() { f.Put(objectName(extMod), nil, marked(givenUp, "another")) })
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 100)
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		require.Equal(t, 2*maxRefused, races)
+		requireStored(t, f, a)
 	})
 }

@@ -234,7 +234,7 @@ func (g *saving) mustWait() bool {
 		g.last, g.changed = g.seen.mod, time.Now()
 	}
 	m, _ := readMarker(g.seen.mod)
-	return g.fenced && g.before == Abandoned && !m.isGivenUp() && time.Since(g.changed) < g.s.staleThreshold()
+	return g.fenced && !m.isGivenUp() && time.Since(g.changed) < g.s.staleThreshold()
 }
 
 // store uploads .info and .zip while it keeps the marker fresh.

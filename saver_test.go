@@ -544,36 +544,45 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 }
 
 // The listing beside a create shows one's own .mod, and in its next part what a
-// successor has stored. That is no leftover either.
+// successor has stored. That is no leftover either. Nor is it one in the listing
+// after a create whose answer was lost.
 func TestSaveListsSuccessorBesideCreate(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extZip), nil, map[string]string{keySaveID: "old"})
-		time.Sleep(time.Second)
-		a, b := contentOf("a", 100), contentOf("b", 200)
-		committed := make(chan error, 1)
-		lists := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Machine == "b" && r.Op == "patch":
-				time.Sleep(5 * time.Second) // so that a has done what it may do by then
-			case r.Machine == "behind" && r.Op == "list":
-				if lists++; lists == 1 {
-					time.Sleep(500 * time.Millisecond) // until the .mod is created
-				}
-				if lists == 2 {
-					s := f.storage("b")
-					s.now = func() time.Time { return time.Now().Add(time.Hour) }
-					go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
-					time.Sleep(2 * time.Second)
-				}
-			}
-			return fakegcs.NoFault
+	for successorAt, answer := range map[int]fakegcs.Fault{2: fakegcs.NoFault, 4: fakegcs.LostReset} {
+		t.Run(answer.String(), func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				f.Put(objectName(extZip), nil, map[string]string{keySaveID: "old"})
+				time.Sleep(time.Second)
+				a, b := contentOf("a", 100), contentOf("b", 200)
+				committed := make(chan error, 1)
+				lists, creates := 0, 0
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					switch {
+					case r.Machine == "b" && r.Op == "patch":
+						time.Sleep(5 * time.Second) // so that a has done what it may do by then
+					case r.Machine == "behind" && r.Op == "insert":
+						if creates++; creates == 1 {
+							return answer
+						}
+					case r.Machine == "behind" && r.Op == "list":
+						if lists++; lists == 1 {
+							time.Sleep(500 * time.Millisecond) // until the .mod is created
+						}
+						if lists == successorAt {
+							s := f.storage("b")
+							s.now = func() time.Time { return time.Now().Add(time.Hour) }
+							go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
+							time.Sleep(2 * time.Second)
+						}
+					}
+					return fakegcs.NoFault
+				})
+				requireKind(t, a.save(t.Context(), behind(f, pageBy("1"))), KindAlreadyExists)
+				require.NoError(t, <-committed)
+				requireStored(t, f, b)
+				require.Empty(t, f.Violations())
+			})
 		})
-		requireKind(t, a.save(t.Context(), behind(f, pageBy("1"))), KindAlreadyExists)
-		require.NoError(t, <-committed)
-		requireStored(t, f, b)
-		require.Empty(t, f.Violations())
-	})
+	}
 }
 
 // A refusal that is none of the preconditions' doing ends the save.
