@@ -19,7 +19,7 @@ const (
 	// arrive is refused.
 	requestTimeout = 5 * time.Second
 	// retryLimit is how long a request that hangs, or is answered with 429 or 503,
-	// is sent again before the call fails.
+	// is sent again before the call fails. So is a stream that breaks.
 	retryLimit = 5 * time.Minute
 )
 
@@ -95,10 +95,11 @@ func (b *bucket) object(v ModuleVersion, ext string) *storage.ObjectHandle {
 	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryNever))
 }
 
-// streamed returns the handle of an object that is sent or read in several requests,
-// which the client retries.
-func (b *bucket) streamed(v ModuleVersion, ext string) *storage.ObjectHandle {
-	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryIdempotent), storage.WithErrorFunc(isTransient))
+// streamed returns the handle of an object that is sent or read in several requests.
+// The client retries them after an error for which retry is true.
+func (b *bucket) streamed(v ModuleVersion, ext string, retry func(error) bool) *storage.ObjectHandle {
+	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryIdempotent),
+		storage.WithErrorFunc(retry), storage.WithMaxRetryDuration(retryLimit))
 }
 
 // do makes a request, and makes it again when it is not answered in time or fails
@@ -116,7 +117,7 @@ func (b *bucket) do(ctx context.Context, timeout time.Duration, request func(con
 		// say that it passed.
 		hung := err != nil && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
 		cancel()
-		if err == nil || hasEnded(ctx) || !hung && !isTransient(err) {
+		if err == nil || ctx.Err() != nil || !hung && !isTransient(err) {
 			return err
 		}
 		if waited := time.Since(start); waited >= retryLimit {
@@ -124,7 +125,8 @@ func (b *bucket) do(ctx context.Context, timeout time.Duration, request func(con
 		}
 		if hung {
 			timeout *= 2
-		} else if sleepErr := sleep(ctx, b.rand(pause)); sleepErr != nil {
+		}
+		if sleepErr := sleep(ctx, b.rand(pause)); sleepErr != nil {
 			return fmt.Errorf("%w: %w", sleepErr, err)
 		}
 	}

@@ -34,7 +34,7 @@ func (s *Storage) isComplete(ctx context.Context, v ModuleVersion, seen snapshot
 	if isForbidden(err) && state == Unfinished {
 		return false, nil
 	}
-	return state == Complete && err == nil, err
+	return state == Complete, err
 }
 
 // resolve is judge, except that it finishes an unfinished version, which it reports.

@@ -406,6 +406,9 @@ func FuzzMarker(f *testing.F) {
 		if ok != (value != "") {
 			t.Fatalf("marker is %v", ok)
 		}
+		if !ok {
+			return
+		}
 		byUpdated := within(attrs.Updated.Sub(now))
 		written, err := time.Parse(time.RFC3339Nano, value)
 		want := byUpdated

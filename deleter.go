@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 
-	"cloud.google.com/go/storage"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -36,22 +35,20 @@ func (s *Storage) delete(ctx context.Context, v ModuleVersion) error {
 		switch {
 		case err != nil:
 			return err
-		case seen.empty() && round > 0:
-			return nil // somebody else's delete came between
 		case seen.empty():
 			return errNothing
 		}
-		removed, err := s.bucket.removeVersion(ctx, v, seen, ifNotReplaced(seen.mod))
+		removed, err := s.bucket.removeVersion(ctx, v, seen)
 		if removed || err != nil && (!isRefused(err) || round == maxRefused) {
 			return err
 		}
-		// A save has taken the version over, and may store more than was seen.
+		// A save is under way, or is complete by now, and has stored more than was seen.
 	}
 }
 
-// removeVersion deletes the objects that were listed, the .mod first and on that
-// condition. It reports false, and deletes nothing, if the .mod is another by now.
-func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot, cond storage.Conditions) (removed bool, err error) {
+// removeVersion deletes the objects that were listed, the .mod first. It deletes
+// nothing, and reports false or an error that isRefused, if the .mod has changed.
+func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot) (removed bool, err error) {
 	if seen.mod == nil {
 		// The .mod may have come while the version was listed, and the rest be of
 		// the same save.
@@ -59,7 +56,7 @@ func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapsh
 		if mod != nil || err != nil {
 			return false, err
 		}
-	} else if err := b.remove(ctx, v, extMod, cond); err != nil {
+	} else if err := b.remove(ctx, v, extMod, ifUnchanged(seen.mod)); err != nil {
 		return false, err
 	}
 	group, ctx := errgroup.WithContext(ctx)
@@ -68,7 +65,7 @@ func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapsh
 			group.Go(func() error {
 				err := b.remove(ctx, v, ext, ifNotReplaced(o))
 				if isRefused(err) {
-					return nil // by now that of a save that began later
+					return nil // replaced: another save's
 				}
 				return err
 			})

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net/http"
 	"strings"
-	"time"
 
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/googleapi"
@@ -166,11 +165,4 @@ func withPermission(err error, permission string) error {
 		return err
 	}
 	return fmt.Errorf("the caller needs %s on the bucket, which roles/storage.objectUser holds: %w", permission, err)
-}
-
-// hasEnded reports whether ctx has ended. A deadline that has come ends it, also
-// while its timer has not fired yet.
-func hasEnded(ctx context.Context) bool {
-	deadline, ok := ctx.Deadline()
-	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }

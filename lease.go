@@ -33,8 +33,8 @@ var (
 // conditional on that generation and on the last known metageneration, so a holder
 // that lost its lease can change nothing, whether it knows or not.
 //
-// A lease is used by one goroutine at a time; between startRenewing and the return
-// of stop, that is the one that startRenewing started.
+// Between startRenewing and the return of stop, only the goroutine of the renewals
+// changes a lease. Others may upload beside it.
 type lease struct {
 	b         *bucket
 	v         ModuleVersion
@@ -54,7 +54,7 @@ type lease struct {
 // acquire writes the object with this holder's marker, if it is still the one
 // seen, or still absent.
 func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
-	l.over, l.sent = seen, 0
+	l.over, l.sent, l.gen = seen, 0, 0
 	attrs, err := l.b.put(ctx, l.v, l.ext, ifUnchanged(seen), func() map[string]string {
 		l.sent++
 		return marked(l.now(), l.id)
@@ -62,7 +62,7 @@ func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
 	switch {
 	case err == nil:
 		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
-	case isRefused(err) && l.sent == 1:
+	case (isRefused(err) || isForbidden(err)) && l.sent == 1:
 		l.sent = 0 // nothing is on its way
 	}
 	return err
@@ -131,11 +131,9 @@ func (l *lease) mark(ctx context.Context, t time.Time, id string) error {
 // commit clears the marker. It succeeds too if the marker is already cleared: by a
 // request whose answer was lost, or by one who found the version unfinished.
 func (l *lease) commit(ctx context.Context) error {
-	if !l.renewed.IsZero() {
-		// GCS refuses a second metadata update within the second.
-		if err := sleep(ctx, updateInterval-time.Since(l.renewed)); err != nil {
-			return err
-		}
+	// GCS refuses a second metadata update within the second.
+	if err := sleep(ctx, updateInterval-time.Since(l.renewed)); err != nil {
+		return err
 	}
 	err := l.change(ctx, func(cond storage.Conditions) (*storage.ObjectAttrs, error) {
 		return l.b.clear(ctx, l.v, l.ext, cond)

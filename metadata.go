@@ -49,14 +49,14 @@ func readMarker(attrs *storage.ObjectAttrs) (marker, bool) {
 	if attrs == nil {
 		return marker{}, false
 	}
-	if value, ok := attrs.Metadata[keyInProgress]; ok {
+	switch value, ok := attrs.Metadata[keyInProgress]; {
+	case value != "":
 		t, err := time.Parse(time.RFC3339Nano, value)
 		if err != nil {
 			t = attrs.Updated
 		}
-		return marker{t, attrs.Updated}, value != ""
-	}
-	if attrs.Metadata[keyInProgressOld] != "" {
+		return marker{t, attrs.Updated}, true
+	case !ok && attrs.Metadata[keyInProgressOld] != "":
 		return marker{attrs.Created, attrs.Created}, true
 	}
 	return marker{}, false

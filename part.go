@@ -3,6 +3,7 @@ package gcs
 import (
 	"context"
 	"errors"
+	"time"
 
 	"cloud.google.com/go/storage"
 )
@@ -17,10 +18,10 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 	if err := z.load(ctx); err != nil {
 		return err
 	}
-	for refused := 0; ; refused++ {
+	start := time.Now()
+	for round := 0; ; round++ {
 		err := l.send(ctx, ext, ifNotReplaced(old), z)
-		again := isRefused(err) || !z.whole && (isTransient(err) || errors.Is(err, errHung))
-		if err == nil || ctx.Err() != nil || z.err != nil || !again {
+		if !isRefused(err) && !errors.Is(err, errBrokenOff) {
 			return err
 		}
 		// The .mod is read last: if it is still this save's own, the object is not
@@ -38,7 +39,7 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 			return errCutShort // and not replaced: somebody may have finished the version
 		case isRefused(err) && seen != nil && sameObject(old, seen):
 			return err // refused for another reason than its condition
-		case refused == maxRefused || !z.ready():
+		case round == maxRefused || !isRefused(err) && time.Since(start) >= retryLimit || !z.ready():
 			return err
 		}
 		old = seen

@@ -4,14 +4,21 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"math"
+	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
@@ -453,4 +460,272 @@ func TestFencedTakesOverFromFailed(t *testing.T) {
 		requireStored(t, f, a)
 		require.Less(t, at.Sub(failed), 3*time.Second)
 	})
+}
+
+// A gRPC server that answers DEADLINE_EXCEEDED at once is asked again after a pause.
+func TestDeadlineExceededAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeGCS(t)
+		s := f.storage("m")
+		calls := 0
+		start := time.Now()
+		_ = s.bucket.do(t.Context(), requestTimeout, func(ctx context.Context) error {
+			if calls++; calls == 200 {
+				return nil
+			}
+			return status.Error(codes.DeadlineExceeded, "the backend took too long")
+		})
+		require.Less(t, calls, 200, "%d requests in %v", calls, time.Since(start))
+	})
+}
+
+// An answer that comes together with the deadline is no reason to hide it.
+func TestAnswerAtTheDeadline(t *testing.T) {
+	for op, call := range map[string]func(ctx context.Context, s *Storage) error{
+		"Info": func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		},
+		"List":   func(ctx context.Context, s *Storage) error { _, err := s.List(ctx, testModule); return err },
+		"Delete": func(ctx context.Context, s *Storage) error { return s.Delete(ctx, testModule, testVersion) },
+		"Repair": func(ctx context.Context, s *Storage) error {
+			_, err := s.Repair(ctx, testModule, testVersion)
+			return err
+		},
+		"Zip":     func(ctx context.Context, s *Storage) error { _, err := s.Zip(ctx, testModule, testVersion); return err },
+		"Save":    func(ctx context.Context, s *Storage) error { return contentOf("a", 10).save(ctx, s) },
+		"Check":   func(ctx context.Context, s *Storage) error { return s.Check(ctx) },
+		"Catalog": func(ctx context.Context, s *Storage) error { _, _, err := s.Catalog(ctx, "", 0); return err },
+	} {
+		t.Run(op, func(t *testing.T) {
+			wrong := 0
+			for range 20 {
+				inCrowd(t, func(t *testing.T, f *fakeGCS) {
+					s := f.storage("m")
+					f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return true })
+					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+					defer cancel()
+					if err := call(ctx, s); Kind(err) != KindGatewayTimeout {
+						wrong++
+					}
+				})
+			}
+			require.Zero(t, wrong)
+		})
+	}
+}
+
+// A version that is deleted between its page and the look at it is not yielded.
+func TestScanOfDeleted(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeFiles(f, testModule, testVersion, extInfo)
+		first := true
+		f.onAnswer(func(r *fakegcs.Request) {
+			if r.Op == "list" && first {
+				first = false
+				f.Remove(objectName(extInfo))
+			}
+		})
+		for status, err := range s.Scan(t.Context(), testModule) {
+			require.NoError(t, err)
+			t.Errorf("%+v", status)
+		}
+	})
+}
+
+// The session of an upload in chunks can be lost. The upload is made again.
+func TestUploadSessionGone(t *testing.T) {
+	for _, code := range []int{404, 410} {
+		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				first := true
+				s := behind(f, func(r *http.Request) *http.Response {
+					if r.URL.Query().Get("upload_id") == "" || !first {
+						return nil
+					}
+					first = false
+					return &http.Response{StatusCode: code, Status: fmt.Sprint(code), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+						Header: http.Header{"Content-Type": {"application/json"}},
+						Body:   io.NopCloser(strings.NewReader(fmt.Sprintf(`{"error":{"code":%d,"message":"session"}}`, code)))}
+				})
+				s.bucket.chunkSize = 256 << 10
+				a := contentOf("a", 3<<20)
+				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
+				time.Sleep(time.Second)
+				first = true
+				require.NoError(t, a.save(t.Context(), s))
+				requireStored(t, f, a)
+			})
+		})
+	}
+}
+
+// A create that is forbidden leaves nothing that could arrive later.
+func TestSaveForbidden(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Deny("storage.objects.create")
+		var l syncedLog
+		err := contentOf("a", 100).save(t.Context(), f.storage("a", l.option()))
+		require.Error(t, err)
+		require.Empty(t, l.lines(slog.LevelWarn))
+		require.Empty(t, f.Names())
+		require.Len(t, f.Log(), 2, "the create and the listing")
+	})
+}
+
+// A zip stream that breaks is asked for again for some minutes, and not for ever.
+func TestZipBreaksWithoutEnd(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
+		n := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if n++; n == 1 {
+				return fakegcs.LostBody
+			}
+			return fakegcs.Unavailable
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), 24*time.Hour)
+		defer cancel()
+		start := time.Now()
+		r, err := s.Zip(ctx, testModule, testVersion)
+		require.NoError(t, err)
+		_, err = io.ReadAll(r)
+		require.Error(t, err)
+		r.Close()
+		require.Less(t, time.Since(start), 2*retryLimit)
+	})
+}
+
+// A late create that is recovered finds what it found when it was sent: nothing.
+func TestRecoveredCreateHealsNothing(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		var l syncedLog
+		f.Put(objectName(extMod), nil, marked(time.Now(), "x"))
+		n := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == objectName(extMod) {
+				if n++; n == 1 {
+					return fakegcs.StrayReset
+				}
+			}
+			return fakegcs.NoFault
+		})
+		go func() {
+			time.Sleep(5 * time.Second)
+			f.Remove(objectName(extMod)) // a delete
+			f.Land()
+		}()
+		a := contentOf("a", 100)
+		require.NoError(t, a.save(t.Context(), f.storage("a", l.option())))
+		require.NotContains(t, l.String(), "in progress")
+		require.NotContains(t, l.String(), "healed")
+	})
+}
+
+// A 400 that does not speak of the MD5 is not the fault of the zip.
+func TestSaveBadRequestOfAnotherReason(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.URL.Query().Get("uploadType") != "resumable" {
+				return nil
+			}
+			return &http.Response{StatusCode: 400, Status: "400", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+				Header: http.Header{"Content-Type": {"application/json"}},
+				Body:   io.NopCloser(strings.NewReader(`{"error":{"code":400,"message":"Bucket is a requester pays bucket but no user project provided.","errors":[{"reason":"required"}]}}`))}
+		})
+		s.bucket.chunkSize = 256 << 10
+		err := contentOf("a", 3<<20).save(t.Context(), s)
+		require.Equal(t, KindUnexpected, Kind(err))
+	})
+}
+
+// A .mod of an older Athens says nothing of its save, but .info and .zip beside it do
+// if they name another .mod.
+func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		// A delete that was cut short.
+		f.Remove(objectName(extMod))
+		// An older Athens began a save there and died.
+		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
+		time.Sleep(time.Hour)
+		ok, err := f.storage("b").Exists(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.False(t, ok, "the .mod is %q, the zip %.20q", f.Get(objectName(extMod)).Data, f.Get(objectName(extZip)).Data)
+	})
+}
+
+// A save ends while a delete is between its listing and its first removal. The delete
+// removes all of it.
+func TestDeleteOfCommitted(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		listed, saved := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Machine == "a" && r.Op == "insert" && r.Object != objectName(extMod):
+				<-listed
+			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extMod):
+				<-saved
+			}
+			return fakegcs.NoFault
+		})
+		f.onAnswer(func(r *fakegcs.Request) {
+			if r.Machine == "d" && r.Op == "list" {
+				once.Do(func() { close(listed) })
+			}
+		})
+		var group sync.WaitGroup
+		group.Go(func() {
+			require.NoError(t, a.save(t.Context(), f.storage("a")))
+			close(saved)
+		})
+		time.Sleep(time.Second)
+		d := f.storage("d")
+		require.NoError(t, d.Delete(t.Context(), testModule, testVersion))
+		group.Wait()
+		require.Empty(t, f.Names())
+	})
+}
+
+// A large zip whose upload is limited for good fails after some minutes, as what it is.
+func TestStreamLimited(t *testing.T) {
+	for _, op := range []string{"start", "chunk"} {
+		for _, seek := range []bool{true, false} {
+			t.Run(fmt.Sprint(op, seek), func(t *testing.T) {
+				inCrowd(t, func(t *testing.T, f *fakeGCS) {
+					f.fault(fakegcs.TooMany, func(r *fakegcs.Request) bool { return r.Op == op })
+					a := contentOf("a", 3<<20)
+					s := f.storage("a", WithChunkSize(256<<10))
+					start := time.Now()
+					var err error
+					if seek {
+						err = a.save(t.Context(), s)
+					} else {
+						err = a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip)))
+					}
+					require.Less(t, time.Since(start), 3*retryLimit)
+					requireKind(t, err, KindRateLimit)
+				})
+			})
+		}
+	}
+}
+
+// One that hangs for good fails too.
+func TestStreamHangs(t *testing.T) {
+	for _, op := range []string{"start", "chunk"} {
+		t.Run(op, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == op })
+				a := contentOf("a", 17<<20)
+				start := time.Now()
+				err := a.save(t.Context(), f.storage("a"))
+				require.Error(t, err)
+				require.Less(t, time.Since(start), 4*retryLimit)
+			})
+		})
+	}
 }

@@ -48,7 +48,7 @@ func (s *Storage) repair(ctx context.Context, v ModuleVersion) (State, error) {
 			if !again.equals(seen) {
 				continue
 			}
-			removed, err := s.bucket.removeVersion(ctx, v, seen, ifUnchanged(seen.mod))
+			removed, err := s.bucket.removeVersion(ctx, v, seen)
 			if !removed && (err == nil || isRefused(err) && round < maxRefused) {
 				continue
 			}

@@ -163,7 +163,7 @@ func (b *bucket) open(ctx context.Context, v ModuleVersion, ext string) (r *stor
 		var streamCtx context.Context
 		streamCtx, cancel = context.WithCancel(ctx)
 		stop := context.AfterFunc(tryCtx, cancel)
-		r, err = b.streamed(v, ext).NewReader(streamCtx)
+		r, err = b.streamed(v, ext, isTransient).NewReader(streamCtx)
 		if err == nil && !stop() { // answered, but too late
 			r.Close()
 			err = tryCtx.Err()

@@ -47,24 +47,28 @@ import (
 // one renewal in a quarter of the stale threshold. Save holds a zip of up to 1 MiB
 // in memory, and one chunk of a larger one. It leaves no goroutine behind. It is safe
 // for concurrent use.
-func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) error {
+func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) (err error) {
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Save", v)
-	err := s.bucket.check(v)
+	defer func() {
+		err = c.end(err)
+		s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", c.outcome)))
+	}()
+	err = s.bucket.check(v)
 	if err == nil && zip == nil {
 		err = badRequest("zip", errors.New("is nil"))
 	}
 	if err == nil {
 		err = ctx.Err()
 	}
-	if err == nil {
-		g := &saving{s: s, v: v, mod: mod, info: info, waiter: waiter{s: s, v: v}}
-		g.zip = newSource(zip, zipMD5, min(maxWhole, s.bucket.chunkSize))
-		c.outcome, err = g.run(ctx)
-		g.waiter.end(ctx)
+	if err != nil {
+		return err
 	}
-	err = c.end(err)
-	s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", c.outcome)))
+	g := &saving{s: s, v: v, mod: mod, info: info, waiter: waiter{s: s, v: v}}
+	g.zip = newSource(zip, zipMD5, min(maxWhole, s.bucket.chunkSize))
+	defer g.waiter.end(ctx)
+	err = errPanicked // unless run returns
+	c.outcome, err = g.run(ctx)
 	return err
 }
 
@@ -87,7 +91,7 @@ type saving struct {
 
 	lease   lease                // on the .mod
 	seen    snapshot             // the last listing; its .info and .zip are replaced
-	before  State                // what the version was before this save
+	found   State                // what the version was when this save wrote the .mod
 	fenced  bool                 // this call has held the version before
 	last    *storage.ObjectAttrs // the .mod as it was last seen to change
 	changed time.Time            // when
@@ -111,8 +115,8 @@ func (g *saving) run(ctx context.Context) (outcome string, err error) {
 		return outcomeExisted, err
 	case err != nil:
 		return outcomeFailed, err
-	case g.before != Absent:
-		g.s.log.InfoContext(ctx, "healed a version", "module", g.v.Module, "version", g.v.Version, "found", g.before.String())
+	case g.found != Absent:
+		g.s.log.InfoContext(ctx, "healed a version", "module", g.v.Module, "version", g.v.Version, "found", g.found.String())
 		return outcomeHealed, nil
 	default:
 		return outcomeStored, nil
@@ -143,22 +147,23 @@ func (g *saving) hold(ctx context.Context) error {
 		if g.lease.recover(g.seen.mod) { // a request whose answer was lost wrote it
 			return g.confirm(ctx)
 		}
+		var state State
 		var finished bool
-		if g.seen, g.before, finished, err = g.s.resolve(ctx, g.v, g.seen); err != nil {
+		if g.seen, state, finished, err = g.s.resolve(ctx, g.v, g.seen); err != nil {
 			return err
 		}
 		switch {
 		case finished:
 			return errFinished
-		case g.before == Complete:
+		case state == Complete:
 			return errExists
-		case g.before == InProgress || g.mustWait():
+		case state == InProgress || g.mustWait():
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
 		case !g.zip.ready():
 			return errCannotReread
 		default: // Absent, Partial, Abandoned
-			held, err = g.takeOver(ctx)
+			held, err = g.takeOver(ctx, state)
 			if isRefused(err) && refused < maxRefused {
 				refused, err = refused+1, nil
 			}
@@ -204,7 +209,9 @@ func (g *saving) confirm(ctx context.Context) error {
 	if g.seen.info == nil && g.seen.zip == nil {
 		return nil
 	}
-	g.before = Partial
+	if g.found == Absent {
+		g.found = Partial
+	}
 	return g.lease.isHeld(ctx)
 }
 
@@ -212,13 +219,12 @@ func (g *saving) confirm(ctx context.Context) error {
 // comes while it is made, and the version be complete. So two in a row have to show
 // the same. What they showed is older than this save's .mod, so .info and .zip
 // are leftovers.
-func (g *saving) takeOver(ctx context.Context) (held bool, err error) {
-	if g.before != Absent {
-		again, err := g.s.bucket.look(ctx, g.v)
-		if err != nil || !again.equals(g.seen) {
-			return false, err
-		}
+func (g *saving) takeOver(ctx context.Context, found State) (held bool, err error) {
+	again, err := g.s.bucket.look(ctx, g.v)
+	if err != nil || !again.equals(g.seen) {
+		return false, err
 	}
+	g.found = found
 	if err = g.lease.acquire(ctx, g.seen.mod); err != nil {
 		return false, err
 	}
@@ -274,11 +280,12 @@ func (g *saving) release(ctx context.Context, stored bool, err error) error {
 	if err == nil || errors.Is(err, errFenced) {
 		return err
 	}
-	releaseErr := g.lease.release(ctx, stored)
-	switch {
-	case errors.Is(releaseErr, errCleared) && g.zip.err == nil:
-		return nil
-	case releaseErr != nil && !errors.Is(releaseErr, errCleared):
+	switch releaseErr := g.lease.release(ctx, stored); {
+	case errors.Is(releaseErr, errCleared):
+		if g.zip.err == nil {
+			return nil
+		}
+	case releaseErr != nil:
 		g.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
 			"module", g.v.Module, "version", g.v.Version, "error", releaseErr)
 	}

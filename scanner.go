@@ -50,6 +50,9 @@ func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStat
 				yield(VersionStatus{}, c.end(err))
 				return
 			}
+			if found.empty() && found.claim == nil {
+				continue // deleted since its page was listed
+			}
 			if !yield(statusOf(found), nil) {
 				break
 			}
@@ -109,7 +112,7 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter
 				return
 			}
 			v, ext, ok := s.bucket.parse(attrs)
-			if !ok || attrs.Name <= after || s.bucket.name(v, extZip) <= after {
+			if !ok || s.bucket.name(v, extZip) <= after {
 				continue
 			}
 			if !s.yieldUntil(ctx, open, attrs.Name, yield) {

@@ -159,7 +159,6 @@ func (f *flight) await(ctx context.Context) (held, complete bool, err error) {
 			// that too.
 			if held {
 				f.deleteClaim(ctx)
-				f.lease = f.s.newLease(f.v, extClaim, nil, f.s.claimThreshold())
 			}
 			err = f.waiter.pause(ctx, "save", seen.mod, f.s.staleThreshold())
 		case held:

@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -35,6 +36,16 @@ func newWriter(ctx context.Context, object *storage.ObjectHandle, ext string, co
 	w := object.If(cond).NewWriter(ctx)
 	w.ContentType = contentTypes[ext]
 	w.Metadata = metadata
+	return w
+}
+
+// chunkWriter returns a writer that sends an object in chunks. A chunk is sent again
+// when it hangs, once at least.
+func (b *bucket) chunkWriter(ctx context.Context, object *storage.ObjectHandle, cond storage.Conditions, metadata map[string]string) *storage.Writer {
+	w := newWriter(ctx, object, extZip, cond, metadata)
+	w.ChunkSize = b.chunkSize
+	w.ChunkTransferTimeout = uploadTimeout(int64(b.chunkSize))
+	w.ChunkRetryDeadline = 2 * (w.ChunkTransferTimeout + requestTimeout)
 	return w
 }
 
@@ -74,8 +85,9 @@ func (b *bucket) put(ctx context.Context, v ModuleVersion, ext string, cond stor
 	return attrs, withWritePermission(err, cond)
 }
 
-// errHung means that the server took no bytes of an upload for too long.
-var errHung = errors.New("the upload made no progress")
+// errBrokenOff means that an upload in chunks failed for a reason that may pass, for
+// longer than the client retried.
+var errBrokenOff = errors.New("the upload broke off")
 
 // stream stores a zip that is not in memory, in chunks. When reading it fails or
 // panics, the upload is abandoned and nothing is stored.
@@ -84,15 +96,18 @@ var errHung = errors.New("the upload made no progress")
 // sending does over loopback, since nothing is sent meanwhile.
 func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Conditions, metadata map[string]string, z *source) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	w := newWriter(ctx, b.streamed(v, extZip), extZip, cond, metadata)
-	w.ChunkSize = b.chunkSize
+	last := errors.New("no answer") // why the client last sent something again
+	w := b.chunkWriter(ctx, b.streamed(v, extZip, func(err error) bool {
+		if err != nil && ctx.Err() == nil {
+			last = err
+		}
+		return isTransient(err)
+	}), cond, metadata)
 	w.MD5 = z.md5
-	w.ChunkTransferTimeout = uploadTimeout(int64(b.chunkSize))
-	patience := 2 * (w.ChunkTransferTimeout + requestTimeout)
-	w.ChunkRetryDeadline = patience
+	patience := w.ChunkRetryDeadline
 	// The client sends a chunk again that hangs, but waits without end for the
 	// start of the upload. The zip's own reader may take its time.
-	hung := time.AfterFunc(patience, func() { cancel(errHung) })
+	hung := time.AfterFunc(patience, func() { cancel(errBrokenOff) })
 	hung.Stop()
 	defer func() { // also when the reader panics
 		hung.Stop()
@@ -116,23 +131,33 @@ func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Condi
 	switch {
 	case z.err != nil:
 		return z.err
-	case errors.Is(context.Cause(ctx), errHung):
-		return errHung
-	case z.md5 == nil:
-	case hasCode(err, http.StatusBadRequest, codes.InvalidArgument):
-		z.err = badRequest("zip", fmt.Errorf("was refused, with the MD5 %x that it was to have: %w", z.md5, err))
-		return z.err
 	case err == nil:
 		return b.checkMD5(ctx, v, w.Attrs(), z)
+	case errors.Is(context.Cause(ctx), errBrokenOff):
+		return fmt.Errorf("%w: %w", errBrokenOff, last)
 	}
-	return withWritePermission(err, cond)
+	return withWritePermission(streamError(err, z), cond)
+}
+
+// streamError tells what the error of an upload in chunks means.
+func streamError(err error, z *source) error {
+	switch {
+	case z.md5 != nil && hasCode(err, http.StatusBadRequest, codes.InvalidArgument) && strings.Contains(strings.ToLower(err.Error()), "md5"):
+		z.err = badRequest("zip", fmt.Errorf("was refused, with the MD5 %x that it was to have: %w", z.md5, err))
+		return z.err
+	case isAbsent(err) || hasCode(err, http.StatusGone, codes.NotFound): // not the object: the session of the upload
+		return fmt.Errorf("%w: %w", errBrokenOff, kindError{KindUnexpected, err})
+	case isTransient(err):
+		return fmt.Errorf("%w: %w", errBrokenOff, err)
+	}
+	return err
 }
 
 // checkMD5 compares what the server says that it has stored with what it was to
 // store. An emulator may store before it checks. The save fails, so the object is no
 // part of a version; but reads would find it.
 func (b *bucket) checkMD5(ctx context.Context, v ModuleVersion, stored *storage.ObjectAttrs, z *source) error {
-	if len(stored.MD5) == 0 || bytes.Equal(stored.MD5, z.md5) {
+	if z.md5 == nil || len(stored.MD5) == 0 || bytes.Equal(stored.MD5, z.md5) {
 		return nil
 	}
 	z.err = z.mismatch(stored.MD5)

@@ -222,7 +222,7 @@ func (s snapshot) named() bool {
 // Athens, which did not say.
 func (s snapshot) oneSave() bool {
 	id := s.mod.Metadata[keySaveID]
-	return id == "" || s.info.Metadata[keySaveID] == id && s.zip.Metadata[keySaveID] == id && s.named()
+	return s.named() && (id == "" || s.info.Metadata[keySaveID] == id && s.zip.Metadata[keySaveID] == id)
 }
 
 func formatGeneration(gen int64) string { return strconv.FormatInt(gen, 10) }

@@ -55,8 +55,8 @@ func (s *Storage) pollPause(waited time.Duration) time.Duration {
 // tookOver tells of a marker that was taken over because its holder stopped
 // renewing it. A holder that gave its marker up is no reason to tell.
 func (s *Storage) tookOver(ctx context.Context, v ModuleVersion, what string, from *storage.ObjectAttrs) {
-	m, marked := readMarker(from)
-	if !marked || m.isGivenUp() {
+	m, _ := readMarker(from)
+	if m.isGivenUp() {
 		return
 	}
 	s.telemetry.takeovers.Add(ctx, 1)
