@@ -61,7 +61,7 @@ var rows = []row{
 	{"metadata", false, (*bench).metadata},
 	{"lifecycle", false, (*bench).lifecycle},
 	{"zips", false, (*bench).zips},
-	{"zip of 40 MiB", false, (*bench).hugeZip},
+	{"zip of 18 MiB", false, (*bench).hugeZip},
 	{"failing readers", false, (*bench).failure},
 	{"contexts", false, (*bench).contexts},
 	{"leftovers/save", false, (*bench).leftoversSave},
@@ -429,7 +429,7 @@ func (b *bench) zips(t *testing.T) {
 
 func (b *bench) hugeZip(t *testing.T) {
 	if !b.prefixed() {
-		b.zip(t, "v1.0", 40<<20, true)
+		b.zip(t, "v1.0", 18<<20, true)
 	}
 }
 

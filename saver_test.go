@@ -585,6 +585,20 @@ func TestSaveListsSuccessorBesideCreate(t *testing.T) {
 	}
 }
 
+// An object that is another each time is not replaced for ever.
+func TestSaveRefusedAgainAndAgain(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == objectName(extInfo) && r.N < 1000 {
+				f.Put(objectName(extInfo), nil, map[string]string{keySaveID: "other"})
+			}
+			return fakegcs.NoFault
+		})
+		requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), KindUnexpected)
+		require.Less(t, len(f.Log()), 60)
+	})
+}
+
 // A refusal that is none of the preconditions' doing ends the save.
 func TestSaveRefusedForOtherReasons(t *testing.T) {
 	for _, op := range []string{"insert", "patch"} {
