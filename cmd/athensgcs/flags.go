@@ -47,10 +47,10 @@ Flags:
 `,
 	"repair": `Usage: athensgcs repair -bucket NAME [flags]
 
-Repair finishes the versions of which only the last step is missing, and removes
-what is left of those of which more is, so that the next request fetches them
-anew. It touches no version that is complete, or that is being saved. Servers
-may go on meanwhile. roles/storage.objectUser permits it.
+Repair finishes a version of which only the last step is missing. It removes what
+is left of any other version that is not complete, and the next request fetches
+that anew. It leaves complete versions and running saves alone. Servers may go on
+meanwhile. roles/storage.objectUser permits it.
 
 Examples:
     athensgcs repair -bucket my-modules -dry-run
@@ -86,7 +86,7 @@ func (p *program) flags(name string) *flag.FlagSet {
 	f.StringVar(&p.bucket, "bucket", "", "`name` of the bucket; required")
 	f.StringVar(&p.prefix, "prefix", "", "`prefix` of the names of all objects, such as athens/")
 	f.StringVar(&p.module, "module", "", "only the versions of the module of this `path`")
-	f.DurationVar(&p.stale, "stale", gcs.DefaultStaleThreshold, "`time` after which a save that shows no sign of life is abandoned; the servers' own")
+	f.DurationVar(&p.stale, "stale", gcs.DefaultStaleThreshold, "`time` after which a save that shows no sign of life is abandoned: use the value of the servers")
 	f.BoolVar(&p.json, "json", false, "a line of JSON for each version, and the summary last")
 	f.BoolVar(&p.grpc, "grpc", false, "talk gRPC to the storage")
 	switch name {
