@@ -3,11 +3,9 @@ package gcs
 import (
 	"context"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -281,10 +279,7 @@ func TestExistsRefusedForAnotherReason(t *testing.T) {
 		unfinishedVersion(f, v)
 		s := behind(f, func(r *http.Request) *http.Response {
 			if r.Method == http.MethodPatch {
-				return &http.Response{
-					StatusCode: http.StatusPreconditionFailed,
-					Body:       io.NopCloser(strings.NewReader(`{"error":{"code":412,"message":"Public access prevention is enforced.","errors":[{"reason":"conditionNotMet"}]}}`)),
-				}
+				return answer(http.StatusPreconditionFailed, "Public access prevention is enforced.")
 			}
 			return nil
 		})

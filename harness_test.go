@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/md5"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -130,6 +131,14 @@ func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
 	m := f.Register("behind")
 	m.Connect(editTransport{m, edit})
 	return newStorage(m.Bucket)
+}
+
+// answer is a refusal, as GCS words it.
+func answer(code int, message string) *http.Response {
+	return &http.Response{
+		StatusCode: code,
+		Body:       io.NopCloser(strings.NewReader(fmt.Sprintf(`{"error":{"code":%d,"message":%q}}`, code, message))),
+	}
 }
 
 type editTransport struct {
