@@ -108,6 +108,7 @@ type event struct {
 	release   chan fakegcs.Fault
 	deliver   chan struct{} // closed when the answer is delivered, if that is a choice
 	fault     fakegcs.Fault
+	astray    bool   // it is on its way when its call is cancelled
 	said      string // in answer, empty when there is none yet
 }
 
@@ -171,6 +172,9 @@ func (r *rehearsal) onRequest(ctx context.Context, q *fakegcs.Request) fakegcs.F
 	}
 	e := &event{Request: q, actor: a, sent: len(a.told), release: make(chan fakegcs.Fault, 1), deliver: make(chan struct{})}
 	e.what = strings.TrimSpace(a.name + " " + q.Op + " " + q.Object[strings.LastIndexByte(q.Object, '.')+1:])
+	if q.After != "" {
+		e.what += " after " + q.After[strings.LastIndexByte(q.After, '.')+1:]
+	}
 	r.events[q.N] = e
 	a.brokenOff = a.brokenOff && (q.Op == "chunk" || q.Op == "query")
 	if r.free || a.brokenOff {
@@ -203,10 +207,12 @@ func (r *rehearsal) onRequest(ctx context.Context, q *fakegcs.Request) fakegcs.F
 		return fakegcs.Hung
 	}
 	r.tell(e, "abandoned")
-	if r.left["stray"] == 0 || !e.changes() || a.crashed {
+	if !e.astray && (a.cancelled || r.left["stray"] == 0 || !e.changes() || a.crashed) {
 		return fakegcs.Hung
 	}
-	r.left["stray"]--
+	if !e.astray {
+		r.left["stray"]--
+	}
 	r.strays = append(r.strays, e)
 	return fakegcs.Stray
 }
@@ -264,10 +270,11 @@ func (r *rehearsal) tell(e *event, said string) {
 	e.actor.told = told
 }
 
-// idles reports whether the actor polls, and would see again what it has seen twice.
-func (r *rehearsal) idles(a *actor) bool {
-	last := len(a.told) - 1
-	return last >= 0 && a.told[last].again && a.told[last].at == r.changes
+// idles reports whether the request is a poll, and would see again what its actor has
+// seen twice.
+func (r *rehearsal) idles(e *event) bool {
+	last := len(e.actor.told) - 1
+	return !e.changes() && e.said == "" && last >= 0 && e.actor.told[last].again && e.actor.told[last].at == r.changes
 }
 
 func (r *rehearsal) requestAs(e *event) string {
@@ -452,10 +459,10 @@ func (r *rehearsal) choices() (choices []choice) {
 		}
 		return strings.Compare(a.key, b.key)
 	})
-	busy := slices.ContainsFunc(r.pending, func(e *event) bool { return e.actor == r.last && !r.idles(e.actor) })
+	busy := slices.ContainsFunc(r.pending, func(e *event) bool { return e.actor == r.last && !r.idles(e) })
 	polling := len(r.pending) > 0
 	for _, e := range r.pending {
-		if r.idles(e.actor) && e.said == "" {
+		if r.idles(e) {
 			continue
 		}
 		polling = false
@@ -497,8 +504,18 @@ func (r *rehearsal) choices() (choices []choice) {
 			a.m.Crash()
 			r.pending = slices.DeleteFunc(r.pending, func(e *event) bool { return e.actor == a })
 		})
-		if !a.cancelled {
-			add("cancel", a.name, func() { a.cancelled = true; a.cancel() })
+		if a.cancelled {
+			continue
+		}
+		add("cancel", a.name, func() { a.cancelled = true; a.cancel() })
+		for _, e := range r.pending {
+			if e.actor == a && e.changes() && e.said == "" && r.left["stray"] > 0 {
+				add("cancel", a.name+", stray "+e.key, func() {
+					r.left["stray"]--
+					a.cancelled, e.astray = true, true
+					a.cancel()
+				})
+			}
 		}
 	}
 	switch {
@@ -555,7 +572,7 @@ func (r *rehearsal) timePasses() {
 	r.jumps++
 	for start := time.Now(); time.Since(start) <= scheduleThreshold; r.settle() {
 		for _, e := range slices.Clone(r.pending) {
-			if !r.idles(e.actor) {
+			if !r.idles(e) {
 				return
 			}
 			r.release(e, fakegcs.NoFault)
@@ -790,6 +807,11 @@ func (sc *scene) explore(t *testing.T, limit time.Duration) *exploration {
 func (ex *exploration) follow(b *branch) {
 	r, path, last := ex.rehearse(), b.path(), uint64(0)
 	defer r.end()
+	defer func() {
+		if ex.runs == 0 { // a replay
+			ex.story = r.story
+		}
+	}()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, a := range r.actors {
@@ -839,6 +861,10 @@ func (ex *exploration) follow(b *branch) {
 		i := slices.IndexFunc(choices, func(c choice) bool { return c.name == path[step] })
 		if i < 0 {
 			ex.diverged++
+			r.story = append(r.story, fmt.Sprintf("there is no choice %q", path[step]))
+			for _, c := range choices {
+				r.story = append(r.story, "but "+c.name)
+			}
 			return
 		}
 		r.story = append(r.story, path[step])
@@ -979,6 +1005,8 @@ func scenes() []scene {
 		{name: "two savers, a partial version", roles: []role{a, b}, found: partial},
 		{name: "two savers, a version without .mod", roles: []role{a, b}, found: headless},
 		{name: "two savers in pages of one", quick: "-", page: 1, roles: []role{a, ahead}},
+		{name: "two savers in pages of one, a lone .zip", page: 1, roles: []role{a, ahead}, found: leftovers(nil, "old", extZip)},
+		{name: "two savers in pages of one, a claim", page: 1, roles: []role{a, ahead}, found: leftovers(stale, "", extClaim)},
 		{name: "two savers in pages of one, a partial version", page: 1, roles: []role{a, b}, found: partial},
 		{name: "saver and deleter", roles: []role{a, d}},
 		{name: "saver and deleter, a complete version", roles: []role{a, d}, found: complete},
@@ -1017,14 +1045,17 @@ func TestSchedules(t *testing.T) {
 		limit = 3 * time.Second // a larger scene is cut off, and says so
 	}
 	for _, sc := range scenes() {
-		for _, fault := range []string{"", "lost", "stray", "unmet", "crash", "cancel", "stale", "renew"} {
+		for _, fault := range []string{"", "lost", "stray", "unmet", "crash", "cancel", "cancel+stray", "stale", "renew"} {
 			if !all && !slices.Contains(strings.Split(sc.quick, " "), fault) {
 				continue
 			}
 			sc := sc
-			sc.faults = map[string]int{fault: 1}
+			sc.faults = map[string]int{}
 			if fault != "" {
 				sc.name += ", " + fault
+				for f := range strings.SplitSeq(fault, "+") {
+					sc.faults[f] = 1
+				}
 			}
 			t.Run(sc.name, func(t *testing.T) {
 				t.Parallel()
@@ -1035,6 +1066,9 @@ func TestSchedules(t *testing.T) {
 					ex = sc.explore(t, limit)
 				}
 				t.Log(sc.name+":", ex)
+				if replay {
+					t.Log(strings.Join(ex.story, "\n"))
+				}
 				if ex.diverged > 0 {
 					t.Errorf("%d replays diverged", ex.diverged)
 				}

@@ -98,6 +98,7 @@ type Request struct {
 	// attrs, list, permissions, bucket, or unknown.
 	Op             string
 	Object         string            // or the prefix of a list
+	After          string            // the object after which the page of a list begins, if it is not the first
 	Cond           map[string]string // ifGenerationMatch and its like; a chunk has its session's
 	Metadata       map[string]string // user metadata sent
 	Start, End     time.Time         // End is zero while in flight

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"io"
@@ -338,6 +339,8 @@ func (f *Server) arrive(m *Machine, r *http.Request) *call {
 			c.Op = "attrs"
 		case rest == "o":
 			c.Op, c.Object = "list", c.query.Get("prefix")
+			after, _ := base64.URLEncoding.DecodeString(c.query.Get("pageToken"))
+			c.After = string(after)
 		case rest == "iam/testPermissions":
 			c.Op, c.Object = "permissions", ""
 		case rest == "":
