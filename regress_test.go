@@ -525,6 +525,7 @@ func TestUploadSessionGone(t *testing.T) {
 				s.bucket.chunkSize = 256 << 10
 				a := contentOf("a", 3<<20)
 				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
+				leave(f, nil, extZip) // and is over the same leftover
 				time.Sleep(time.Second)
 				first = true
 				require.NoError(t, a.save(t.Context(), s))
@@ -683,4 +684,115 @@ func TestStreamLimited(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A renewal that finds the marker cleared does not stop the save: somebody has
+// finished it.
+func TestRenewalOfFinished(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		f.onAnswer(func(r *fakegcs.Request) {
+			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extZip) {
+				time.Sleep(time.Second) // until the .info is there
+				ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				require.True(t, ok)
+				time.Sleep(4 * time.Second)
+			}
+		})
+		require.NoError(t, a.save(t.Context(), f.storage("a", WithStaleThreshold(8*time.Second))))
+		requireStored(t, f, a)
+	})
+}
+
+// A save that is fenced while its zip trickles in starts over at the next renewal.
+func TestRenewalOfFenced(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 1200)
+		rest := bytes.NewReader(a.zip)
+		time.AfterFunc(10*time.Minute, func() { f.Remove(objectName(extMod)) })
+		time.AfterFunc(11*time.Minute, func() { require.NotNil(t, f.Get(objectName(extMod))) })
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), readFunc(func(p []byte) (int, error) {
+			time.Sleep(time.Second)
+			return rest.Read(p[:1])
+		})))
+		requireStored(t, f, a)
+	})
+}
+
+// Giving up costs one request, is over in time, and says nothing if another has the
+// version.
+func TestGiveUp(t *testing.T) {
+	for name, hook := range map[string]func(f *fakeGCS){
+		"costs": func(f *fakeGCS) {},
+		"hangs": func(f *fakeGCS) {
+			f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" })
+		},
+		"fenced": func(f *fakeGCS) { f.Remove(objectName(extMod)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				time.AfterFunc(500*time.Millisecond, func() { hook(f) })
+				var log syncedLog
+				start := time.Now()
+				err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a", log.option()), io.MultiReader(sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF)))
+				require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+				require.Less(t, time.Since(start), releaseTimeout+2*time.Second)
+				if name == "costs" {
+					require.Len(t, f.Log(), 4, "create, list, .info, give up")
+				}
+				if name != "hangs" {
+					require.Empty(t, log.String())
+				}
+			})
+		})
+	}
+}
+
+// Delete and Repair give up, too, when the .mod is another each time.
+func TestDeleteRefusedAgainAndAgain(t *testing.T) {
+	for _, repair := range []bool{false, true} {
+		inCrowd(t, func(t *testing.T, f *fakeGCS) {
+			f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "delete" && r.N < 1000 {
+					f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+				}
+				return fakegcs.NoFault
+			})
+			err := f.storage("a").Delete(t.Context(), testModule, testVersion)
+			if repair {
+				_, err = f.storage("a").Repair(t.Context(), testModule, testVersion)
+			}
+			require.True(t, isRefused(err), "%v", err)
+			require.Less(t, len(f.Log()), 100)
+		})
+	}
+}
+
+// The second pass over a zip is whole by its own size, also when the first broke off.
+func TestOwnZipOfSecondPass(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		starts, chunks := 0, 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Op == "start":
+				if starts, chunks = starts+1, 0; starts == 3 {
+					f.Land()
+					return fakegcs.Unmet
+				}
+			case r.Op == "chunk" || r.Op == "query":
+				if chunks++; starts == 2 && chunks == 3 {
+					return fakegcs.Stray
+				} else if chunks > 1 && starts == 1 || chunks > 3 {
+					return fakegcs.Hung
+				}
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 3*faultChunk-1)
+		require.NoError(t, a.save(t.Context(), f.storage("a", WithChunkSize(faultChunk))))
+		require.Equal(t, 3, starts)
+		requireStored(t, f, a)
+	})
 }

@@ -277,8 +277,8 @@ func (g *saving) store(ctx context.Context) error {
 // If the marker is cleared, somebody found all three objects of this save and has
 // finished it: the save has not failed.
 func (g *saving) release(ctx context.Context, stored bool, err error) error {
-	if err == nil || errors.Is(err, errFenced) {
-		return err
+	if err == nil {
+		return nil
 	}
 	switch releaseErr := g.lease.release(ctx, stored); {
 	case errors.Is(releaseErr, errCleared):

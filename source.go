@@ -149,7 +149,7 @@ func (z *source) ready() bool {
 	if z.err != nil {
 		return false
 	}
-	if !z.consumed || z.head != nil {
+	if !z.consumed {
 		return true
 	}
 	if z.start < 0 {

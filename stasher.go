@@ -198,7 +198,6 @@ func (f *flight) acquire(ctx context.Context, stale *storage.ObjectAttrs) error 
 		f.forbidden(ctx, err)
 		return nil
 	case err == nil:
-		f.awaited = nil
 		f.s.tookOver(ctx, f.v, "fetch", stale)
 	}
 	return err

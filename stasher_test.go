@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"path"
 	"runtime"
 	"strings"
 	"sync"
@@ -1364,4 +1365,69 @@ func TestSingleFlightCost(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A claim that is renewed while somebody removes it as stale stays.
+func TestStaleClaimIsRenewed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extClaim), nil, marked(time.Now().Add(-claimStale), "other"))
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "delete" {
+				f.SetMetadata(objectName(extClaim), marked(time.Now(), "other"))
+			}
+			return fakegcs.NoFault
+		})
+		_, err := f.storage("a").Repair(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Len(t, locks(f), 1)
+	})
+}
+
+// A claim is deleted after its last renewal was answered, and nothing is said of one
+// that is another's by then.
+func TestClaimIsDeletedLast(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		inCrowd(t, func(t *testing.T, f *fakeGCS) {
+			renewals, inFlight := 0, 0
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				switch r.Op + path.Ext(r.Object) {
+				case "patch.lock":
+					renewals++
+					inFlight++
+					time.Sleep(2 * time.Second)
+					inFlight--
+				case "delete.lock":
+					require.Zero(t, inFlight)
+					if lost {
+						f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
+					}
+				}
+				return fakegcs.NoFault
+			})
+			var log syncedLog
+			o := &origin{takes: claimStale/4 + time.Second}
+			requireStash(t, newReplica(f, o, "a", log.option()), testVersion, testVersion)
+			require.Equal(t, 1, renewals)
+			require.Empty(t, log.String())
+		})
+	}
+}
+
+// A claim that may still arrive beside a complete version is not fenced by another.
+func TestClaimBesideComplete(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		claims := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op != "insert" || path.Ext(r.Object) != ".lock" {
+				return fakegcs.NoFault
+			}
+			if claims++; claims == 1 {
+				return fakegcs.StrayReset
+			}
+			storeVersion(f, testModule, testVersion)
+			return fakegcs.Unmet
+		})
+		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
+		require.Empty(t, locks(f))
+	})
 }

@@ -5,6 +5,9 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
+
+	"cloud.google.com/go/storage"
 	"unicode/utf8"
 
 	"github.com/stretchr/testify/require"
@@ -261,4 +264,19 @@ func FuzzObjectName(f *testing.F) {
 			t.Errorf("parseObject(%q) is %q, %q", module, v, ext)
 		}
 	})
+}
+
+// An .info or a .zip that names another .mod belongs to that one.
+func TestNamed(t *testing.T) {
+	for _, ext := range []string{extInfo, extZip} {
+		for marker, state := range map[string]State{"": Partial, marked(givenUp, "a")[keyInProgress]: Abandoned} {
+			s := snapshot{}
+			for _, e := range []string{extInfo, extMod, extZip} {
+				*s.slot(e) = &storage.ObjectAttrs{Generation: 1, Metadata: map[string]string{keySaveID: "a", keyGeneration: "1"}}
+			}
+			s.mod.Metadata[keyInProgress] = marker
+			(*s.slot(ext)).Metadata[keyGeneration] = "2"
+			require.Equal(t, state, s.state(time.Now(), DefaultStaleThreshold), ext)
+		}
+	}
 }
