@@ -80,11 +80,7 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 		}
 		return 1
 	})
-	var want []ModuleVersion
-	for _, v := range complete {
-		want = append(want, v)
-	}
-	return want
+	return complete
 }
 
 func TestCatalogPages(t *testing.T) {

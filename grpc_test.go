@@ -1,10 +1,13 @@
 package gcs
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -217,6 +220,21 @@ func TestContextEndsOverBoth(t *testing.T) {
 			cancel()
 			require.Equal(t, KindGatewayTimeout, Kind(err), "%s: %v", op, err)
 			require.ErrorIs(t, err, context.DeadlineExceeded, op)
+		}
+	})
+}
+
+// Nothing is stored of a zip that cannot be read to its end, and no empty object
+// either when its second pass cannot begin.
+func TestBrokenZipOverBoth(t *testing.T) {
+	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		s.bucket.chunkSize = 256 << 10
+		for range 30 {
+			zip := io.MultiReader(bytes.NewReader(make([]byte, 1<<20+600<<10)), iotest.ErrReader(io.ErrUnexpectedEOF))
+			err := s.Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
+			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+			synctest.Wait()
+			require.True(t, f.Get(objectName(extZip)) == nil, "a part is there")
 		}
 	})
 }

@@ -128,25 +128,21 @@ func (l *lease) mark(ctx context.Context, t time.Time, id string) error {
 	})
 }
 
-// commit clears the marker. It succeeds too if the marker is already cleared: by a
-// request whose answer was lost, or by one who found the version unfinished.
+// commit clears the marker. It returns errCleared if that is done already: by a request
+// whose answer was lost, or by one who found the version unfinished.
 func (l *lease) commit(ctx context.Context) error {
 	// GCS refuses a second metadata update within the second.
 	if err := sleep(ctx, updateInterval-time.Since(l.renewed)); err != nil {
 		return err
 	}
-	err := l.change(ctx, func(cond storage.Conditions) (*storage.ObjectAttrs, error) {
+	return l.change(ctx, func(cond storage.Conditions) (*storage.ObjectAttrs, error) {
 		return l.b.clear(ctx, l.v, l.ext, cond)
 	})
-	if errors.Is(err, errCleared) {
-		return nil
-	}
-	return err
 }
 
 // startRenewing renews the marker until stop is called, which waits for a renewal
-// in flight. It calls lost if the lease is lost, and failed after a renewal that
-// failed for another reason.
+// in flight. It calls lost with errFenced or errCleared when there is nothing to renew
+// any more, and failed after a renewal that failed for another reason.
 func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc, failed func()) (stop func()) {
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -168,11 +164,9 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 				return
 			}
 			switch err := l.renew(ctx); {
-			case errors.Is(err, errFenced):
-				lost(errFenced)
+			case errors.Is(err, errFenced), errors.Is(err, errCleared):
+				lost(err)
 				return
-			case errors.Is(err, errCleared):
-				return // all that was to be stored is stored, and somebody has finished it
 			case err != nil && ctx.Err() == nil:
 				failed()
 			}

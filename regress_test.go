@@ -690,7 +690,7 @@ func TestStreamLimited(t *testing.T) {
 // finished it.
 func TestRenewalOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
+		a, w := contentOf("a", 100), watch(t)
 		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extZip) {
 				time.Sleep(time.Second) // until the .info is there
@@ -702,6 +702,7 @@ func TestRenewalOfFinished(t *testing.T) {
 		})
 		require.NoError(t, a.save(t.Context(), f.storage("a", WithStaleThreshold(8*time.Second))))
 		requireStored(t, f, a)
+		require.Zero(t, w.renewalsFailed())
 	})
 }
 

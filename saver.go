@@ -277,11 +277,12 @@ func (g *saving) store(ctx context.Context) error {
 // If the marker is cleared, somebody found all three objects of this save and has
 // finished it: the save has not failed.
 func (g *saving) release(ctx context.Context, stored bool, err error) error {
-	if err == nil {
-		return nil
+	var releaseErr error
+	if err != nil && !errors.Is(err, errCleared) {
+		releaseErr = g.lease.release(ctx, stored)
 	}
-	switch releaseErr := g.lease.release(ctx, stored); {
-	case errors.Is(releaseErr, errCleared):
+	switch {
+	case errors.Is(err, errCleared), errors.Is(releaseErr, errCleared):
 		if g.zip.err == nil {
 			return nil
 		}

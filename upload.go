@@ -41,8 +41,9 @@ func newWriter(ctx context.Context, object *storage.ObjectHandle, ext string, co
 
 // chunkWriter returns a writer that sends an object in chunks. A chunk is sent again
 // when it hangs, once at least.
-func (b *bucket) chunkWriter(ctx context.Context, object *storage.ObjectHandle, cond storage.Conditions, metadata map[string]string) *storage.Writer {
+func (b *bucket) chunkWriter(ctx context.Context, object *storage.ObjectHandle, cond storage.Conditions, metadata map[string]string, md5 []byte) *storage.Writer {
 	w := newWriter(ctx, object, extZip, cond, metadata)
+	w.MD5 = md5
 	w.ChunkSize = b.chunkSize
 	w.ChunkTransferTimeout = uploadTimeout(int64(b.chunkSize))
 	w.ChunkRetryDeadline = 2 * (w.ChunkTransferTimeout + requestTimeout)
@@ -95,48 +96,58 @@ var errBrokenOff = errors.New("the upload broke off")
 // GCS checks the MD5, which it computes anyway. To compute it here took as long as
 // sending does over loopback, since nothing is sent meanwhile.
 func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Conditions, metadata map[string]string, z *source) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+	sendCtx, cancel := context.WithCancelCause(ctx)
 	last := errors.New("no answer") // why the client last sent something again
-	w := b.chunkWriter(ctx, b.streamed(v, extZip, func(err error) bool {
-		if err != nil && ctx.Err() == nil {
+	w := b.chunkWriter(sendCtx, b.streamed(v, extZip, func(err error) bool {
+		if err != nil && sendCtx.Err() == nil {
 			last = err
 		}
 		return isTransient(err)
-	}), cond, metadata)
-	w.MD5 = z.md5
-	patience := w.ChunkRetryDeadline
+	}), cond, metadata, z.md5)
 	// The client sends a chunk again that hangs, but waits without end for the
 	// start of the upload. The zip's own reader may take its time.
-	hung := time.AfterFunc(patience, func() { cancel(errBrokenOff) })
+	hung := time.AfterFunc(w.ChunkRetryDeadline, func() { cancel(errBrokenOff) })
 	hung.Stop()
-	defer func() { // also when the reader panics
+	opened := false
+	end := func() {
 		hung.Stop()
-		cancel(nil) // to close alone would publish what was sent so far
-		w.Close()
-	}()
+		cancel(nil)
+		if opened { // otherwise Close would begin an upload
+			abort(w)
+		}
+	}
+	defer end() // the reader may panic
 
-	err := z.copyTo(ctx, func(p []byte) error {
-		hung.Reset(patience)
+	err := z.copyTo(sendCtx, func(p []byte) error {
+		opened = true
+		hung.Reset(w.ChunkRetryDeadline)
 		defer hung.Stop()
 		_, err := w.Write(p)
 		return err
 	})
-	if err != nil {
-		cancel(err)
+	if err == nil {
+		hung.Reset(w.ChunkRetryDeadline)
+		err = w.Close()
 	}
-	hung.Reset(patience)
-	if closeErr := w.Close(); err == nil {
-		err = closeErr
-	}
+	end()
 	switch {
 	case z.err != nil:
 		return z.err
 	case err == nil:
 		return b.checkMD5(ctx, v, w.Attrs(), z)
-	case errors.Is(context.Cause(ctx), errBrokenOff):
+	case errors.Is(context.Cause(sendCtx), errBrokenOff):
 		return fmt.Errorf("%w: %w", errBrokenOff, last)
 	}
 	return withWritePermission(streamError(err, z), cond)
+}
+
+// abort ends an upload that is not to be stored, and waits for its goroutine. The
+// context has to be cancelled before. That is not enough: over gRPC, Close can still
+// publish what was sent so far. After a Close it does nothing.
+func abort(w *storage.Writer) {
+	//lint:ignore SA1019 to cancel the context, as it advises, is not enough
+	w.CloseWithError(context.Canceled)
+	w.Close()
 }
 
 // streamError tells what the error of an upload in chunks means.

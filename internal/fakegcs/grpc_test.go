@@ -346,6 +346,8 @@ func TestGRPCBreaksOff(t *testing.T) {
 			_, err := w.Write(make([]byte, 1<<20))
 			require.NoError(t, err)
 			cancel()
+			//lint:ignore SA1019 after cancel alone, Close can still publish what was sent
+			w.CloseWithError(context.Canceled)
 			require.Error(t, w.Close())
 			synctest.Wait()
 			require.Empty(t, f.Names())
