@@ -80,6 +80,7 @@ func TestBreakages(t *testing.T) {
 			require.NoError(t, err)
 			require.NoError(t, os.WriteFile(overlay, replace, 0o600))
 			run := exec.Command("go", "test", "-vet=off", "-timeout=2m", "-overlay", overlay, "-run", "^"+name+strings.TrimPrefix(b.test, name)+"$", ".")
+			run.Env = append(os.Environ(), "GCS_SCHEDULES=all", "GCS_SCHEDULES_LIMIT=20s")
 			out, err := run.CombinedOutput()
 			require.NotContains(t, string(out), "[build failed]")
 			require.Error(t, err, "%s does not see it:\n%s", b.test, out)
