@@ -797,3 +797,19 @@ func TestOwnZipOfSecondPass(t *testing.T) {
 		requireStored(t, f, a)
 	})
 }
+
+// A commit that finds the marker cleared is done: nothing is given up.
+func TestCommitOfFinished(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "patch" {
+				f.SetMetadata(objectName(extMod), nil)
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 100)
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		require.Len(t, f.Log(), 6, "5, and the .mod is read")
+		requireStored(t, f, a)
+	})
+}

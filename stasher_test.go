@@ -1421,13 +1421,27 @@ func TestClaimBesideComplete(t *testing.T) {
 			if r.Op != "insert" || path.Ext(r.Object) != ".lock" {
 				return fakegcs.NoFault
 			}
-			if claims++; claims == 1 {
+			switch claims++; claims {
+			case 1:
 				return fakegcs.StrayReset
+			case 2:
+				storeVersion(f, testModule, testVersion)
+				return fakegcs.Unmet
 			}
-			storeVersion(f, testModule, testVersion)
-			return fakegcs.Unmet
+			return fakegcs.NoFault
 		})
 		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
 		require.Empty(t, locks(f))
+	})
+}
+
+// A claim that was replaced before it went stale has failed, as one that is gone has.
+func TestSingleFlightHolderReplaced(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extClaim), nil, marked(time.Now(), "x"))
+		time.AfterFunc(3*time.Second, func() { f.Put(objectName(extClaim), nil, marked(time.Now(), "y")) })
+		start := time.Now()
+		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
+		require.Less(t, time.Since(start), 6*time.Second)
 	})
 }
