@@ -29,8 +29,8 @@ const maxRefused = 10
 
 // A bucket makes every request of the package, and retries it.
 type bucket struct {
-	handle    *storage.BucketHandle
-	prefix    string // of all object names: empty, or with a slash at the end
+	handle    *storage.BucketHandle // without retries
+	prefix    string                // of all object names: empty, or with a slash at the end
 	chunkSize int
 	log       *slog.Logger
 	rand      func(n time.Duration) time.Duration // a random time below n
@@ -90,15 +90,15 @@ func (b *bucket) checkPrefix() error {
 
 func (b *bucket) name(v ModuleVersion, ext string) string { return b.prefix + v.object(ext) }
 
-// object returns the handle of an object whose requests the client makes once.
+// object returns the handle of an object. The client makes its requests once.
 func (b *bucket) object(v ModuleVersion, ext string) *storage.ObjectHandle {
-	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryNever))
+	return b.handle.Object(b.name(v, ext))
 }
 
 // streamed returns the handle of an object that is sent or read in several requests.
 // The client retries them after an error for which retry is true.
 func (b *bucket) streamed(v ModuleVersion, ext string, retry func(error) bool) *storage.ObjectHandle {
-	return b.handle.Object(b.name(v, ext)).Retryer(storage.WithPolicy(storage.RetryIdempotent),
+	return b.object(v, ext).Retryer(storage.WithPolicy(storage.RetryIdempotent),
 		storage.WithErrorFunc(retry), storage.WithMaxRetryDuration(retryLimit))
 }
 
