@@ -91,7 +91,7 @@ type actor struct {
 // A line is an answer that an actor was told.
 type line struct {
 	request, said string
-	sent          int  // how many lines there were when the request was sent
+	sent, told    int  // after how many choices
 	read          bool // the request changes nothing
 	at            int  // how often anything had changed
 	again         bool // it said the same before
@@ -104,7 +104,7 @@ type event struct {
 	*fakegcs.Request
 	key, what string // what it does; key is with its number
 	actor     *actor
-	sent      int
+	sent      int // after how many choices
 	release   chan fakegcs.Fault
 	deliver   chan struct{} // closed when the answer is delivered, if that is a choice
 	fault     fakegcs.Fault
@@ -132,6 +132,7 @@ type rehearsal struct {
 	pending  []*event
 	strays   []*event
 	arrivals int
+	chosen   int            // how many choices were made
 	left     map[string]int // faults
 	switches int            // preemptions
 	last     *actor         // who moved last
@@ -170,7 +171,7 @@ func (r *rehearsal) onRequest(ctx context.Context, q *fakegcs.Request) fakegcs.F
 	if a.done && a.op != "Stash" { // a flight outlives its callers
 		r.report("%s makes a request after its call: %v", a.name, q)
 	}
-	e := &event{Request: q, actor: a, sent: len(a.told), release: make(chan fakegcs.Fault, 1), deliver: make(chan struct{})}
+	e := &event{Request: q, actor: a, sent: r.chosen, release: make(chan fakegcs.Fault, 1), deliver: make(chan struct{})}
 	e.what = strings.TrimSpace(a.name + " " + q.Op + " " + q.Object[strings.LastIndexByte(q.Object, '.')+1:])
 	if q.After != "" {
 		e.what += " after " + q.After[strings.LastIndexByte(q.After, '.')+1:]
@@ -253,10 +254,10 @@ func (r *rehearsal) onAnswer(ctx context.Context, q *fakegcs.Request) {
 
 // tell adds an answer to what the actor knows.
 func (r *rehearsal) tell(e *event, said string) {
-	l := line{request: r.requestAs(e), said: said, sent: e.sent, read: e.Op == "list" || e.Op == "attrs", at: r.changes}
+	l := line{request: r.requestAs(e), said: said, sent: e.sent, told: r.chosen, read: e.Op == "list" || e.Op == "attrs", at: r.changes}
 	r.story = append(r.story, "    "+l.String())
 	told := append(e.actor.told, l)
-	for i := len(told) - 1; i > 0 && told[i].sent < i && told[i].String() < told[i-1].String(); i-- {
+	for i := len(told) - 1; i > 0 && told[i].sent < told[i-1].told && told[i].String() < told[i-1].String(); i-- {
 		told[i-1], told[i] = told[i], told[i-1]
 	}
 	for n := 1; n <= 8 && 2*n <= len(told); n++ {
@@ -868,6 +869,7 @@ func (ex *exploration) follow(b *branch) {
 			return
 		}
 		r.story = append(r.story, path[step])
+		r.chosen++
 		choices[i].do()
 	}
 	if len(r.broken) == 0 {
