@@ -90,6 +90,16 @@ type readError struct{ error }
 func (e readError) Error() string { return "reading the zip: " + e.error.Error() }
 func (e readError) Unwrap() error { return e.error }
 
+// The ends of a save.
+var (
+	errExists   error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
+	errFinished error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
+	// errCannotReread is why a fenced save can end without having stored anything.
+	errCannotReread = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
+	// errPanicked stands for the error of a step of a save that has not returned.
+	errPanicked = errors.New("the zip's reader panicked")
+)
+
 // newError returns the *Error of a call that failed with that cause.
 func newError(ctx context.Context, op, module, version string, err error) *Error {
 	e := &Error{Op: "gcs." + op, Kind: KindUnexpected, Module: module, Version: version, Err: err}

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
-	"time"
 
-	"cloud.google.com/go/storage"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 	"golang.org/x/sync/errgroup"
@@ -14,39 +12,36 @@ import (
 
 // Save stores a version: the go.mod file, the zip, and the info file.
 //
-// It returns nil when this call stored all three, and an error of KindAlreadyExists
-// when the version is complete and nothing that this call wrote remains. Either
-// way, all three can be read at once. While another save of the version is under
-// way, on whatever machine, Save waits for it. It takes the version over when that
-// save fails, or stops renewing its marker. Of any number of calls that do not
-// fail, one returns nil. There is one exception. Another call finishes this save, and
-// the version is deleted before this call has its answer. Then this call stores the
-// version again, or returns KindAlreadyExists if another save did.
+// It returns nil when this call stored all three, and an error of KindAlreadyExists when
+// the version is complete and nothing that this call wrote remains. Either way, all three
+// can be read at once. While another save of the version is under way, on whatever
+// machine, Save waits for it. It takes the version over when that save fails, or stops
+// renewing its marker. Of any number of calls that do not fail, one returns nil. There is
+// one exception: another call finishes this save, and the version is deleted before this
+// call has its answer. Then this call stores the version again, or returns
+// KindAlreadyExists if another save did.
 //
-// zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that does
-// not match it is KindBadRequest, and so is a nil zip. Save does not close zip.
+// zipMD5 is checked if it is 16 bytes long, and ignored otherwise. A zip that does not
+// match it is KindBadRequest, and so is a nil zip. Save does not close zip.
 //
-// After any other error the next Save can proceed at once. It replaces what this one
-// left behind; but if only the last step failed, it does that step, and returns
-// KindAlreadyExists. If this call could not reach the bucket for 15 s to give its
-// marker up, the next has to wait for the stale threshold, as after a crash.
+// After any other error the next Save can proceed at once. It replaces what this one left
+// behind; but if only the last step failed, it does that step, and returns
+// KindAlreadyExists. If this call could not reach the bucket for 15 s to give its marker
+// up, the next has to wait for the stale threshold, as after a crash.
 //
 // A zip over 1 MiB (or over the chunk size, if that is less) whose reader is not an
-// [io.Seeker] can be sent once. Its save fails if it has to be sent again: because
-// the upload could not be started or broke off for good, or because another save
-// took the version over and failed too.
+// [io.Seeker] can be sent once. Its save fails if it has to be sent again: the upload did
+// not start or broke off, or another save took the version over and failed too.
 //
-// The zip is read in the caller's goroutine. Between two reads Save looks at its
-// context; a Read that blocks cannot be interrupted. A hundred reads in a row that
-// return nothing are io.ErrNoProgress. If Read panics, the marker is given up, and
-// the panic goes on.
+// The zip is read in the caller's goroutine. Save looks at its context between two reads;
+// a Read that blocks cannot be interrupted. A hundred reads in a row that return nothing
+// are io.ErrNoProgress. A panic in Read goes on after the marker is given up.
 //
-// Save makes 5 requests for a new version, 3 of them one after another, and 2 at
-// once for a complete version (or 3, if it became complete at that moment). A zip
-// that is sent in chunks costs one request for each. A save that takes longer costs
-// one renewal in a quarter of the stale threshold. Save holds a zip of up to 1 MiB
-// in memory, and one chunk of a larger one. It leaves no goroutine behind. It is safe
-// for concurrent use.
+// Save makes 5 requests for a new version, 3 of them one after another, and 2 at once for
+// a complete version (or 3, if it became complete at that moment). A zip in chunks costs
+// one request for each, and a long save one renewal in a quarter of the stale threshold.
+// Save holds a zip of up to 1 MiB in memory, and one chunk of a larger one. It leaves no
+// goroutine behind. It is safe for concurrent use.
 func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) (err error) {
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Save", v)
@@ -54,15 +49,11 @@ func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, 
 		err = c.end(err)
 		s.telemetry.saves.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", c.outcome)))
 	}()
-	err = s.bucket.check(v)
-	if err == nil && zip == nil {
-		err = badRequest("zip", errors.New("is nil"))
-	}
-	if err == nil {
-		err = ctx.Err()
-	}
-	if err != nil {
+	if err = s.bucket.check(v); err != nil {
 		return err
+	}
+	if zip == nil {
+		return badRequest("zip", errors.New("is nil"))
 	}
 	g := &saving{s: s, v: v, mod: mod, info: info, waiter: waiter{s: s, v: v}}
 	g.zip = newSource(zip, zipMD5, min(maxWhole, s.bucket.chunkSize))
@@ -72,15 +63,6 @@ func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, 
 	return err
 }
 
-var (
-	errExists   error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
-	errFinished error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
-	// errCannotReread is why a fenced save can end without having stored anything.
-	errCannotReread = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
-	// errPanicked stands for the error of a step that has not returned.
-	errPanicked = errors.New("the zip's reader panicked")
-)
-
 // A saving is one call of Save.
 type saving struct {
 	s         *Storage
@@ -89,12 +71,9 @@ type saving struct {
 	zip       *source
 	waiter    waiter
 
-	lease   lease                // on the .mod
-	seen    snapshot             // the last listing; its .info and .zip are replaced
-	found   State                // what the version was when this save wrote the .mod
-	fenced  bool                 // this call has held the version before
-	last    *storage.ObjectAttrs // the .mod as it was last seen to change
-	changed time.Time            // when
+	lease lease    // on the .mod
+	seen  snapshot // the last listing; its .info and .zip are replaced
+	found State    // what the version was when this save wrote the .mod
 }
 
 // run makes attempts until one of them is not fenced.
@@ -105,7 +84,7 @@ func (g *saving) run(ctx context.Context) (outcome string, err error) {
 		if !errors.Is(err, errFenced) {
 			break
 		}
-		g.fenced = true
+		g.waiter.fenced = true
 		g.s.log.WarnContext(ctx, "fenced during a save", "module", g.v.Module, "version", g.v.Version)
 	}
 	switch {
@@ -157,7 +136,7 @@ func (g *saving) hold(ctx context.Context) error {
 			return errFinished
 		case state == Complete:
 			return errExists
-		case state == InProgress || g.mustWait():
+		case state == InProgress || g.waiter.mustWait(g.seen.mod):
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
 		case !g.zip.ready():
@@ -179,7 +158,7 @@ func (g *saving) hold(ctx context.Context) error {
 // time: most versions are new, and of most others the listing says that they are
 // complete. It reports whether the version is held now.
 func (g *saving) create(ctx context.Context) (held bool, err error) {
-	if g.fenced { // the .mod is another's, or was
+	if g.waiter.fenced { // the .mod is another's, or was
 		g.seen, err = g.s.bucket.look(ctx, g.v)
 		return false, err
 	}
@@ -215,10 +194,9 @@ func (g *saving) confirm(ctx context.Context) error {
 	return g.lease.isHeld(ctx)
 }
 
-// takeOver writes the .mod anew, over what was listed. A listing can miss what
-// comes while it is made, and the version be complete. So two in a row have to show
-// the same. What they showed is older than this save's .mod, so .info and .zip
-// are leftovers.
+// takeOver writes the .mod anew, over what two listings in a row have shown: one can
+// miss what comes while it is made, and the version be complete. What they showed is
+// older than this save's .mod, so .info and .zip are leftovers.
 func (g *saving) takeOver(ctx context.Context, found State) (held bool, err error) {
 	again, err := g.s.bucket.look(ctx, g.v)
 	if err != nil || !again.equals(g.seen) {
@@ -232,50 +210,28 @@ func (g *saving) takeOver(ctx context.Context, found State) (held bool, err erro
 	return true, nil
 }
 
-// mustWait reports whether to believe a marker that looks stale. Two saves that
-// each think the other dead would take over from each other for ever. So a save
-// that was fenced waits until the .mod has not changed for the threshold.
-func (g *saving) mustWait() bool {
-	if !sameObject(g.last, g.seen.mod) {
-		g.last, g.changed = g.seen.mod, time.Now()
-	}
-	m, _ := readMarker(g.seen.mod)
-	return g.fenced && !m.isGivenUp() && time.Since(g.changed) < g.s.staleThreshold()
-}
-
 // store uploads .info and .zip while it keeps the marker fresh.
-func (g *saving) store(ctx context.Context) error {
+func (g *saving) store(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := g.lease.startRenewing(ctx, cancel, func() { g.s.telemetry.renewalsFailed.Add(ctx, 1) })
-	var group errgroup.Group
-	returned := false
+	group, uploadCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { return g.lease.upload(uploadCtx, extInfo, g.seen.info, bytesSource(g.info)) })
+	err = errPanicked
 	defer func() {
-		if !returned {
-			cancel(errPanicked)
-		}
-		group.Wait()
-		stop() // a renewal in flight would be refused, but make the commit ask why
-		cancel(nil)
-	}()
-	upload := func(ext string, old *storage.ObjectAttrs, z *source) error {
-		err := g.lease.upload(ctx, ext, old, z)
 		if err != nil {
 			cancel(err)
 		}
-		return err
-	}
-	group.Go(func() error { return upload(extInfo, g.seen.info, bytesSource(g.info)) })
-	zipErr := upload(extZip, g.seen.zip, g.zip)
-	returned = true
-	if group.Wait() != nil || zipErr != nil {
-		return context.Cause(ctx) // the first failure
-	}
-	return nil
+		if infoErr := group.Wait(); err != nil || infoErr != nil {
+			err = context.Cause(uploadCtx) // the first failure
+		}
+		stop() // a renewal in flight would be refused, but make the commit ask why
+		cancel(nil)
+	}()
+	return g.lease.upload(uploadCtx, extZip, g.seen.zip, g.zip)
 }
 
-// release gives the version up after a failure, and returns the error of the save.
-// If the marker is cleared, somebody found all three objects of this save and has
-// finished it: the save has not failed.
+// release gives the version up after a failure. It returns the save's error, or nil if
+// somebody has found all three objects of this save, and cleared the marker.
 func (g *saving) release(ctx context.Context, stored bool, err error) error {
 	var releaseErr error
 	if err != nil && !errors.Is(err, errCleared) {

@@ -317,6 +317,26 @@ func TestSaveReaderFails(t *testing.T) {
 	}
 }
 
+// An .info that is refused ends the save, although its zip would trickle on.
+func TestSaveInfoRefused(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Object == objectName(extInfo) {
+				f.Deny("storage.objects.create")
+			}
+			return fakegcs.NoFault
+		})
+		start := time.Now()
+		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), io.LimitReader(readFunc(func(p []byte) (int, error) {
+			time.Sleep(time.Second)
+			return 1, nil
+		}), 1000))
+		require.ErrorContains(t, err, "storage.objects.create")
+		require.Less(t, time.Since(start), 5*time.Second)
+		require.True(t, isGivenUpIn(f))
+	})
+}
+
 func isGivenUpIn(f *fakeGCS) bool {
 	o := f.Get(objectName(extMod))
 	if o == nil {

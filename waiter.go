@@ -12,10 +12,25 @@ const tellAfter = 5 * time.Second
 
 // A waiter makes the pauses of one call that waits for another's save or fetch.
 type waiter struct {
-	s     *Storage
-	v     ModuleVersion
-	start time.Time // of the first pause
-	told  bool
+	s      *Storage
+	v      ModuleVersion
+	fenced bool // the call has held the version before
+
+	start   time.Time // of the first pause
+	told    bool
+	last    *storage.ObjectAttrs // the awaited object as it was last seen to change
+	changed time.Time            // when
+}
+
+// mustWait reports whether to believe a marker that looks stale. Two calls that each
+// think the other dead would take over from each other for ever. So a call that was
+// fenced waits until the object has not changed for the threshold.
+func (w *waiter) mustWait(object *storage.ObjectAttrs) bool {
+	if !sameObject(w.last, object) {
+		w.last, w.changed = object, time.Now()
+	}
+	m, _ := readMarker(object)
+	return w.fenced && !m.isGivenUp() && time.Since(w.changed) < w.s.staleThreshold()
 }
 
 // pause waits until it is worth looking again at the object, whose marker another
