@@ -116,7 +116,9 @@ func TestSaveFinishesAnother(t *testing.T) {
 // A loser is told that the version exists when all of it does, and soon then. It
 // asks less than once a second.
 func TestSaveWaits(t *testing.T) {
-	times := []time.Duration{100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 3 * time.Minute, 10 * time.Minute, time.Hour}
+	times := []time.Duration{
+		100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 3 * time.Minute, 10 * time.Minute, time.Hour,
+	}
 	forEach(t, inBubble, times, func(t *testing.T, f *fakeGCS, takes time.Duration) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		var done time.Time

@@ -606,7 +606,9 @@ func TestSingleFlightFleet(t *testing.T) {
 					}
 					group.Wait()
 					require.Less(t, time.Since(start), o.takes+lastPoll)
-					saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool { return path.Ext(r.Object) != ".zip" || !r.Applied })
+					saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool {
+						return path.Ext(r.Object) != ".zip" || !r.Applied
+					})
 					require.Len(t, saves, versions)
 					require.Len(t, o.calls, versions)
 					require.Equal(t, versions, o.total())
