@@ -54,39 +54,29 @@ func requireNothingRunning(t *testing.T) {
 }
 
 func TestSaveLooksAtItsContextBetweenReads(t *testing.T) {
-	for name, size := range heads {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-				defer cancel()
-				start := time.Now()
-				zip := behindHead(size, func(p []byte) (int, error) {
-					time.Sleep(100 * time.Millisecond)
-					return copy(p, "x"), nil
-				})
-				err := contentOf("a", 0).saveFrom(ctx, f.storage("a", WithChunkSize(faultChunk)), zip)
-				requireKind(t, err, KindGatewayTimeout)
-				require.ErrorIs(t, err, context.DeadlineExceeded)
-				require.Less(t, time.Since(start), 5500*time.Millisecond)
-				requireNothingRunning(t)
-				requireSavableAtOnce(t, f)
-			})
+	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
+		start := time.Now()
+		zip := behindHead(size, func(p []byte) (int, error) {
+			time.Sleep(100 * time.Millisecond)
+			return copy(p, "x"), nil
 		})
-	}
+		err := contentOf("a", 0).saveFrom(within(t, 5*time.Second), f.storage("a", WithChunkSize(faultChunk)), zip)
+		requireKind(t, err, KindGatewayTimeout)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Less(t, time.Since(start), 5500*time.Millisecond)
+		requireNothingRunning(t)
+		requireSavableAtOnce(t, f)
+	})
 }
 
 func TestSaveOfReaderWithoutProgress(t *testing.T) {
-	for name, size := range heads {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				zip := behindHead(size, func([]byte) (int, error) { return 0, nil })
-				err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), zip)
-				requireKind(t, err, KindUnexpected)
-				require.ErrorIs(t, err, io.ErrNoProgress)
-				requireSavableAtOnce(t, f)
-			})
-		})
-	}
+	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
+		zip := behindHead(size, func([]byte) (int, error) { return 0, nil })
+		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), zip)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, io.ErrNoProgress)
+		requireSavableAtOnce(t, f)
+	})
 }
 
 // A reader that returns nothing now and then makes progress.
@@ -125,15 +115,13 @@ func TestSaveOfPanickingReader(t *testing.T) {
 					start, returned := time.Now(), false
 					var recovered any
 					var group sync.WaitGroup
-					group.Add(1)
-					go func() {
-						defer group.Done()
+					group.Go(func() {
 						defer func() { recovered = recover() }()
 						// The context does not end, and stops nothing that is left.
 						s := f.storage("a", WithChunkSize(faultChunk))
 						_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
 						returned = true
-					}()
+					})
 					group.Wait()
 					require.False(t, returned)
 					require.Equal(t, how == "panic", recovered != nil)
@@ -202,8 +190,7 @@ func everyCall(s *Storage) map[string]func(ctx context.Context) error {
 		"Repair": func(ctx context.Context) error { _, err := s.Repair(ctx, module, vers); return err },
 		"Check":  s.Check,
 		"Stash": func(ctx context.Context) error {
-			next := nextFunc(func(_ context.Context, _, vers string) (string, error) { return vers, nil })
-			_, err := s.SingleFlight(next).Stash(ctx, module, vers)
+			_, err := s.SingleFlight(answering(vers, nil)).Stash(ctx, module, vers)
 			return err
 		},
 	}
@@ -264,42 +251,30 @@ func TestPrefixOfLongName(t *testing.T) {
 }
 
 func TestPrefix(t *testing.T) {
-	for _, prefix := range []string{"athens", "athens/"} {
-		t.Run(prefix, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				s := NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))
-				next := nextFunc(func(ctx context.Context, _, vers string) (string, error) {
-					require.NotNil(t, f.Server.Get("athens/"+objectName(extClaim)))
-					return vers, contentOf("a", 100).save(ctx, s)
-				})
-				_, err := s.SingleFlight(next).Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, []string{
-					"athens/" + objectName(extInfo), "athens/" + objectName(extMod), "athens/" + objectName(extZip),
-				}, f.Server.Names())
-				require.NoError(t, saveVersion(t.Context(), s, testModule, "v2.0.0"))
-				require.NoError(t, s.Check(t.Context()))
-				requireList(t, s, testModule, testVersion, "v2.0.0")
-				var all []ModuleVersion
-				for token := ""; ; {
-					page, next, err := s.Catalog(t.Context(), token, 1)
-					require.NoError(t, err)
-					require.NotContains(t, next, "athens")
-					all = append(all, page...)
-					if token = next; token == "" {
-						break
-					}
-				}
-				require.Equal(t, []ModuleVersion{{testModule, testVersion}, {testModule, "v2.0.0"}}, all)
-				info, err := s.Info(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, contentOf("a", 100).info, info)
-				require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-				require.NoError(t, s.Delete(t.Context(), testModule, "v2.0.0"))
-				require.Empty(t, f.Server.Names())
-			})
+	forEach(t, inCrowd, []string{"athens", "athens/"}, func(t *testing.T, f *fakeGCS, prefix string) {
+		s := NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))
+		next := stashFunc(func(ctx context.Context, _, vers string) (string, error) {
+			require.NotNil(t, f.Server.Get("athens/"+objectName(extClaim)))
+			return vers, contentOf("a", 100).save(ctx, s)
 		})
-	}
+		requireStash(t, s.SingleFlight(next), testVersion, testVersion)
+		require.Equal(t, []string{
+			"athens/" + objectName(extInfo), "athens/" + objectName(extMod), "athens/" + objectName(extZip),
+		}, f.Server.Names())
+		require.NoError(t, saveVersion(t.Context(), s, testModule, "v2.0.0"))
+		require.NoError(t, s.Check(t.Context()))
+		requireList(t, s, testModule, testVersion, "v2.0.0")
+		_, token, err := s.Catalog(t.Context(), "", 1)
+		require.NoError(t, err)
+		require.NotContains(t, token, "athens")
+		require.Equal(t, []ModuleVersion{{testModule, testVersion}, {testModule, "v2.0.0"}}, catalogOf(t, s, 1))
+		info, err := s.Info(t.Context(), testModule, testVersion)
+		require.NoError(t, err)
+		require.Equal(t, contentOf("a", 100).info, info)
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		require.NoError(t, s.Delete(t.Context(), testModule, "v2.0.0"))
+		require.Empty(t, f.Server.Names())
+	})
 }
 
 // Storages do not see each other's versions, also if the name of one prefix begins
@@ -315,11 +290,8 @@ func TestPrefixesApart(t *testing.T) {
 			requireList(t, s, testModule, vers)
 		}
 		for s, vers := range map[*Storage]string{a: "v1.0.0", ab: "v2.0.0"} {
-			all, _, err := s.Catalog(t.Context(), "", 0)
-			require.NoError(t, err)
-			require.Equal(t, []ModuleVersion{{testModule, vers}}, all)
-			for status, err := range s.Scan(t.Context(), "") {
-				require.NoError(t, err)
+			require.Equal(t, []ModuleVersion{{testModule, vers}}, catalogOf(t, s, 0))
+			for _, status := range scanned(t, s, "") {
 				require.Equal(t, ModuleVersion{testModule, vers}, status.ModuleVersion)
 			}
 		}
@@ -396,9 +368,7 @@ func TestWithErrorsOfStreams(t *testing.T) {
 			}
 			return fakegcs.Hung
 		})
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		zip, err := s.Zip(ctx, testModule, testVersion)
+		zip, err := s.Zip(within(t, time.Minute), testModule, testVersion)
 		require.NoError(t, err)
 		_, err = io.ReadAll(zip)
 		require.IsType(t, foreignError{}, err)
@@ -423,23 +393,19 @@ func TestServerThatMergesMetadata(t *testing.T) {
 		var log strings.Builder
 		debug := WithLogger(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		s := leavingMetadata(f, "null", debug)
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
+		ctx := within(t, time.Minute)
 		for _, vers := range []string{"v1.0.0", "v2.0.0"} {
 			require.NoError(t, saveVersion(ctx, s, testModule, vers))
 			value, ok := f.Get(ModuleVersion{testModule, vers}.object(extMod)).Metadata[keyInProgress]
 			require.True(t, ok)
 			require.Empty(t, value)
 			require.Equal(t, KindAlreadyExists, Kind(saveVersion(ctx, s, testModule, vers)))
-			ok, err := s.Exists(ctx, testModule, vers)
-			require.NoError(t, err)
-			require.True(t, ok)
+			requireExists(t, s, vers, true)
 		}
 		requireList(t, s, testModule, "v1.0.0", "v2.0.0")
 		unfinishedVersion(f, ModuleVersion{testModule, "v3.0.0"})
-		ok, err := s.Exists(ctx, testModule, "v3.0.0")
-		require.NoError(t, err)
-		require.True(t, ok)
+		requireExists(t, s, "v3.0.0", true)
+		require.NoError(t, ctx.Err())
 		require.Equal(t, 1, strings.Count(log.String(), "the server does not clear metadata"))
 	})
 }

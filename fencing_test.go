@@ -2,8 +2,6 @@ package gcs
 
 import (
 	"bytes"
-	"context"
-	"fmt"
 	"io"
 	"sync"
 	"testing"
@@ -19,7 +17,6 @@ import (
 // The commit waits for the renewal that is on its way, and does not run into it.
 func TestCommitAwaitsRenewal(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		due := DefaultStaleThreshold / renewals
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
 				time.Sleep(3 * time.Second)
@@ -27,8 +24,7 @@ func TestCommitAwaitsRenewal(t *testing.T) {
 			return fakegcs.NoFault
 		})
 		a := contentOf("a", 100)
-		zip := io.MultiReader(sleepReader(due+time.Second), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+time.Second))
 		requireStored(t, f, a)
 		var patches []fakegcs.Request
 		for _, r := range f.Log() {
@@ -45,51 +41,48 @@ func TestCommitAwaitsRenewal(t *testing.T) {
 // A sleeper wakes when another has taken the version over, has stored its zip,
 // and has not committed. It leaves that zip alone.
 func TestSleeperWakesDuringTakeover(t *testing.T) {
-	for name, c := range map[string]struct {
+	type testCase struct {
 		size int
 		zip  func(*bytes.Reader) io.Reader
-	}{
+	}
+	forNamed(t, inCrowd, map[string]testCase{
 		"in memory":  {100, func(r *bytes.Reader) io.Reader { return plain(r) }},
 		"seekable":   {faultChunk + 1, func(r *bytes.Reader) io.Reader { return r }},
 		"unseekable": {faultChunk + 1, func(r *bytes.Reader) io.Reader { return plain(r) }},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				a, b := contentOf("a", c.size), contentOf("b", 100)
-				sleeper := f.Machine("a")
-				var sleep, wake sync.Once
-				stored := make(chan struct{})
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					switch {
-					case r.Machine == "a" && r.Object == objectName(extZip):
-						sleep.Do(sleeper.Pause)
-					case r.Machine == "a" && r.Op == "patch":
-						time.Sleep(2 * requestTimeout) // or it would know sooner
-					case r.Machine == "b" && r.Object == objectName(extInfo):
-						<-stored
-						time.Sleep(5 * time.Second)
-					}
-					return fakegcs.NoFault
-				})
-				f.onAnswer(func(r *fakegcs.Request) {
-					if r.Machine == "b" && r.Object == objectName(extZip) && r.Applied {
-						wake.Do(func() { close(stored) })
-						sleeper.Resume()
-					}
-				})
-				var group sync.WaitGroup
-				group.Go(func() {
-					s := newStorage(sleeper.Bucket, WithChunkSize(faultChunk))
-					requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
-				})
-				time.Sleep(time.Second)
-				require.NoError(t, b.save(t.Context(), f.storage("b")))
-				requireStored(t, f, b)
-				group.Wait()
-				requireStored(t, f, b)
-			})
+	}, func(t *testing.T, f *fakeGCS, c testCase) {
+		a, b := contentOf("a", c.size), contentOf("b", 100)
+		sleeper := f.Machine("a")
+		var sleep, wake sync.Once
+		stored := make(chan struct{})
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Machine == "a" && r.Object == objectName(extZip):
+				sleep.Do(sleeper.Pause)
+			case r.Machine == "a" && r.Op == "patch":
+				time.Sleep(2 * requestTimeout) // or it would know sooner
+			case r.Machine == "b" && r.Object == objectName(extInfo):
+				<-stored
+				time.Sleep(5 * time.Second)
+			}
+			return fakegcs.NoFault
 		})
-	}
+		f.onAnswer(func(r *fakegcs.Request) {
+			if r.Machine == "b" && r.Object == objectName(extZip) && r.Applied {
+				wake.Do(func() { close(stored) })
+				sleeper.Resume()
+			}
+		})
+		var group sync.WaitGroup
+		group.Go(func() {
+			s := newStorage(sleeper.Bucket, WithChunkSize(faultChunk))
+			requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
+		})
+		time.Sleep(time.Second)
+		require.NoError(t, b.save(t.Context(), f.storage("b")))
+		requireStored(t, f, b)
+		group.Wait()
+		requireStored(t, f, b)
+	})
 }
 
 // A save that seems dead to one with another clock commits just before it is
@@ -110,13 +103,9 @@ func TestTakeoverOfCommitted(t *testing.T) {
 			return fakegcs.NoFault
 		})
 		var group sync.WaitGroup
-		group.Go(func() {
-			require.NoError(t, a.save(t.Context(), f.storage("a")))
-		})
+		group.Go(func() { require.NoError(t, a.save(t.Context(), f.storage("a"))) })
 		time.Sleep(time.Second)
-		s := f.storage("b")
-		s.now = func() time.Time { return time.Now().Add(time.Hour) }
-		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), ahead(f, "b")), KindAlreadyExists)
 		group.Wait()
 		requireStored(t, f, a)
 	})
@@ -125,31 +114,22 @@ func TestTakeoverOfCommitted(t *testing.T) {
 // The last object of a save arrives when its caller has given up, and was told
 // that nothing is stored. It completes nothing.
 func TestLateObjectOfFailedSave(t *testing.T) {
-	for _, ext := range []string{extInfo, extZip} {
-		t.Run(ext, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				a := contentOf("a", 100)
-				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-				defer cancel()
-				f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return r.Object == objectName(ext) })
-				requireKind(t, a.save(ctx, f.storage("a")), KindGatewayTimeout)
-				f.onRequest(nil)
-				f.Land()
-				require.NotNil(t, f.Get(objectName(ext)))
-				time.Sleep(time.Second) // past the limit on writes of one name
-				requireSavable(t, f)
-			})
-		})
-	}
+	forEach(t, inBubble, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
+		f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return r.Object == objectName(ext) })
+		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
+		f.onRequest(nil)
+		f.Land()
+		require.NotNil(t, f.Get(objectName(ext)))
+		time.Sleep(time.Second) // past the limit on writes of one name
+		requireSavable(t, f)
+	})
 }
 
 // requireSavable checks that the version does not exist, and can be saved.
 func requireSavable(t *testing.T, f *fakeGCS) {
 	t.Helper()
 	s, b := f.storage("b"), contentOf("b", 100)
-	exists, err := s.Exists(t.Context(), testModule, testVersion)
-	require.NoError(t, err)
-	require.False(t, exists)
+	requireExists(t, s, testVersion, false)
 	require.NoError(t, b.save(t.Context(), s))
 	requireStored(t, f, b)
 }
@@ -171,9 +151,7 @@ func TestLateCreateAfterDelete(t *testing.T) {
 		})
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		require.Error(t, f.storage("d").Delete(ctx, testModule, testVersion))
+		require.Error(t, f.storage("d").Delete(within(t, time.Minute), testModule, testVersion))
 		f.onRequest(nil)
 		f.Land()
 		require.NotNil(t, f.Get(objectName(extMod)))
@@ -210,16 +188,12 @@ func TestListingBesideLostCreate(t *testing.T) {
 // An object that comes while a listing is made may not be on it, although the
 // .mod already says that it is there. A version is not taken over for that.
 func TestTakeoverNeedsTwoListings(t *testing.T) {
-	for _, ext := range []string{extInfo, extZip} {
-		t.Run(ext, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				a, b := contentOf("a", 100), contentOf("b", 100)
-				require.NoError(t, a.save(t.Context(), f.storage("a")))
-				requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
-				requireStored(t, f, a)
-			})
-		})
-	}
+	forEach(t, inBubble, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
+		requireStored(t, f, a)
+	})
 }
 
 // Nor are the objects deleted that are there beside a .mod that is not on the
@@ -235,30 +209,19 @@ func TestDeleteNeedsTheMod(t *testing.T) {
 // A save that was fenced after its zip was read, and cannot read it again, stores
 // nothing: the rest of a zip is no zip.
 func TestFencedCannotReread(t *testing.T) {
-	for _, deleted := range []bool{true, false} {
-		t.Run(fmt.Sprint(deleted), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				var once sync.Once
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Machine == "a" && r.Op == "patch" {
-						once.Do(func() {
-							if f.Remove(objectName(extMod)); !deleted {
-								f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-							}
-						})
-					}
-					return fakegcs.NoFault
-				})
-				a := contentOf("a", 2<<20)
-				err := f.storage("a", WithChunkSize(256<<10)).Save(t.Context(), testModule, testVersion, a.mod, plain(bytes.NewReader(a.zip)), nil, a.info)
-				requireKind(t, err, KindUnexpected)
-				require.ErrorIs(t, err, errCannotReread)
-				ok, err := f.storage("b").Exists(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.False(t, ok)
-			})
+	forEach(t, inCrowd, []bool{true, false}, func(t *testing.T, f *fakeGCS, deleted bool) {
+		commits := func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" }
+		f.atFirst(commits, func() {
+			if f.Remove(objectName(extMod)); !deleted {
+				f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+			}
 		})
-	}
+		a := contentOf("a", 2<<20)
+		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, errCannotReread)
+		requireExists(t, f.storage("b"), testVersion, false)
+	})
 }
 
 // A save that comes second again and again, to saves that fail, does not give up.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -53,6 +54,11 @@ func contentOf(who string, zipSize int) content {
 
 func (c content) save(ctx context.Context, s *Storage) error {
 	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
+}
+
+// saveSlowly saves from a reader that takes that time.
+func (c content) saveSlowly(ctx context.Context, s *Storage, takes time.Duration) error {
+	return c.saveFrom(ctx, s, io.MultiReader(sleepReader(takes), bytes.NewReader(c.zip)))
 }
 
 func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error {
@@ -107,6 +113,43 @@ func inFleet(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 		synctest.Wait()
 		require.Empty(t, locks(f))
 		requireNothingInFlight(t, f)
+	})
+}
+
+// arena runs a test on an empty bucket, as inCrowd does.
+type arena func(t *testing.T, test func(t *testing.T, f *fakeGCS))
+
+// forNamed runs a test for each case.
+func forNamed[C any](t *testing.T, in arena, cases map[string]C, test func(t *testing.T, f *fakeGCS, c C)) {
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, f *fakeGCS) { test(t, f, c) })
+		})
+	}
+}
+
+// forEach is forNamed for cases that name themselves.
+func forEach[C any](t *testing.T, in arena, cases []C, test func(t *testing.T, f *fakeGCS, c C)) {
+	for _, c := range cases {
+		forNamed(t, in, map[string]C{fmt.Sprint(c): c}, test)
+	}
+}
+
+// within returns a context of the test that ends after that time.
+func within(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// atFirst calls do before the first of some requests is served.
+func (f *fakeGCS) atFirst(which func(*fakegcs.Request) bool, do func()) {
+	var begun atomic.Bool
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if which(r) && begun.CompareAndSwap(false, true) {
+			do()
+		}
+		return fakegcs.NoFault
 	})
 }
 
@@ -298,6 +341,13 @@ func requireVersion(t *testing.T, f *fakeGCS, v ModuleVersion, c content) {
 		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", o.Name, o.Data, want)
 	}
 	require.Empty(t, f.Get(v.object(extMod)).Metadata)
+}
+
+func requireExists(t *testing.T, s *Storage, vers string, want bool) {
+	t.Helper()
+	ok, err := s.Exists(t.Context(), testModule, vers)
+	require.NoError(t, err)
+	require.Equal(t, want, ok)
 }
 
 func locks(f *fakeGCS) (names []string) {

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -30,18 +29,14 @@ func useStorage(t *testing.T, s *Storage, zipSize int) {
 	t.Helper()
 	c := contentOf("a", zipSize)
 	require.NoError(t, c.save(t.Context(), s))
-	ok, err := s.Exists(t.Context(), testModule, testVersion)
-	require.NoError(t, err)
-	require.True(t, ok)
+	requireExists(t, s, testVersion, true)
 	zip, err := s.Zip(t.Context(), testModule, testVersion)
 	require.NoError(t, err)
 	got, err := io.ReadAll(zip)
 	require.NoError(t, err)
 	require.NoError(t, zip.Close())
 	require.True(t, bytes.Equal(c.zip, got))
-	list, err := s.List(t.Context(), testModule)
-	require.NoError(t, err)
-	require.Equal(t, []string{testVersion}, list)
+	requireList(t, s, testModule, testVersion)
 	require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 }
 
@@ -57,8 +52,7 @@ func TestCheckPermissions(t *testing.T) {
 		{"storage.buckets.get"}, // which is not needed
 	} {
 		t.Run(strings.Join(missing, " "), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFakeGCS(t)
+			bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 				f.Deny(missing...)
 				err := f.storage("a").Check(t.Context())
 				require.Len(t, f.Log(), 1)
@@ -83,8 +77,7 @@ func TestCheckPermissions(t *testing.T) {
 
 func TestCheckNoBucket(t *testing.T) {
 	for _, status := range []int{0, http.StatusNotFound, http.StatusNotImplemented} {
-		synctest.Test(t, func(t *testing.T) {
-			f := newFakeGCS(t)
+		bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 			f.AnswerPermissions(status)
 			err := newStorage(f.Machine("a").Client.Bucket("other")).Check(t.Context())
 			requireCheckError(t, err, KindNotFound)
@@ -98,14 +91,11 @@ func TestCheckNoBucket(t *testing.T) {
 func TestCheckWithoutPermissionCall(t *testing.T) {
 	for _, status := range []int{http.StatusNotFound, http.StatusNotImplemented, http.StatusBadRequest, http.StatusMethodNotAllowed} {
 		t.Run(http.StatusText(status), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFakeGCS(t)
-				f.SetLatency(20 * time.Millisecond)
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
 				f.AnswerPermissions(status)
 				start := time.Now()
 				s := f.storage("a")
-				err := s.Check(t.Context())
-				require.NoError(t, err)
+				require.NoError(t, s.Check(t.Context()))
 				require.Len(t, f.Log(), 2)
 				require.Less(t, time.Since(start), time.Second)
 				useStorage(t, s, 100)
@@ -117,10 +107,9 @@ func TestCheckWithoutPermissionCall(t *testing.T) {
 // The bucket that cannot be listed either is not let through, and the error is
 // the answer to the question.
 func TestCheckNothingPermitted(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		f.AnswerPermissions(http.StatusForbidden) // as a service perimeter does
-		err := f.storage("a").Check(t.Context())
+		err := s.Check(t.Context())
 		requireCheckError(t, err, KindUnexpected)
 		require.True(t, isForbidden(err))
 		require.Len(t, f.Log(), 1, "a list would say nothing of the permissions")
@@ -128,51 +117,41 @@ func TestCheckNothingPermitted(t *testing.T) {
 }
 
 func TestCheckFaults(t *testing.T) {
-	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung} {
-		t.Run(fault.String(), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFakeGCS(t)
-				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
-				start := time.Now()
-				err := f.storage("a").Check(t.Context())
-				require.NoError(t, err)
-				require.Len(t, f.Log(), 2)
-				require.Less(t, time.Since(start), requestTimeout+2*time.Second)
-			})
-		})
-	}
+	faults := []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
+	forEach(t, inCrowd, faults, func(t *testing.T, f *fakeGCS, fault fakegcs.Fault) {
+		f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
+		start := time.Now()
+		require.NoError(t, f.storage("a").Check(t.Context()))
+		require.Len(t, f.Log(), 2)
+		require.Less(t, time.Since(start), requestTimeout+2*time.Second)
+	})
 }
 
 func TestCheckContextEnds(t *testing.T) {
-	for _, test := range []struct {
-		name    string
+	type testCase struct {
 		timeout time.Duration
 		fault   fakegcs.Fault
 		kind    int
 		cause   error
-	}{
-		{"cancelled", 0, fakegcs.NoFault, KindUnexpected, context.Canceled},
-		{"hung", 10 * time.Second, fakegcs.Hung, KindGatewayTimeout, context.DeadlineExceeded},
-		{"unavailable", 10 * time.Second, fakegcs.Unavailable, KindGatewayTimeout, context.DeadlineExceeded},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFakeGCS(t)
-				f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return test.fault })
-				ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
-				if test.timeout == 0 {
-					ctx, cancel = context.WithCancel(t.Context())
-					cancel()
-				}
-				defer cancel()
-				start := time.Now()
-				err := f.storage("a").Check(ctx)
-				requireCheckError(t, err, test.kind)
-				require.ErrorIs(t, err, test.cause)
-				require.Equal(t, test.timeout, time.Since(start))
-			})
-		})
 	}
+	forNamed(t, inCrowd, map[string]testCase{
+		"cancelled":   {0, fakegcs.NoFault, KindUnexpected, context.Canceled},
+		"hung":        {10 * time.Second, fakegcs.Hung, KindGatewayTimeout, context.DeadlineExceeded},
+		"unavailable": {10 * time.Second, fakegcs.Unavailable, KindGatewayTimeout, context.DeadlineExceeded},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return test.fault })
+		ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
+		if test.timeout == 0 {
+			ctx, cancel = context.WithCancel(t.Context())
+			cancel()
+		}
+		defer cancel()
+		start := time.Now()
+		err := f.storage("a").Check(ctx)
+		requireCheckError(t, err, test.kind)
+		require.ErrorIs(t, err, test.cause)
+		require.Equal(t, test.timeout, time.Since(start))
+	})
 }
 
 // The client finds an emulator by an option or by its environment.

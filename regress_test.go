@@ -12,7 +12,6 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -100,159 +99,128 @@ func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
 // the save is done with it, and does not write over it: somebody may have finished
 // the version.
 func TestOwnZipIsNotReplaced(t *testing.T) {
-	for name, c := range map[string]struct{ refused, finished bool }{
+	type testCase struct{ refused, finished bool }
+	forNamed(t, inCrowd, map[string]testCase{
 		"start refused, finished": {true, true},
 		"hung, finished":          {false, true},
 		"start refused":           {true, false},
 		"hung":                    {false, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
-				var generation int64
-				arrive := func() {
-					f.Land()
-					generation = f.Get(objectName(extZip)).Generation
-					if c.finished {
-						ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
-						require.NoError(t, err)
-						require.True(t, ok)
-					}
+	}, func(t *testing.T, f *fakeGCS, c testCase) {
+		a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
+		var generation int64
+		arrive := func() {
+			f.Land()
+			generation = f.Get(objectName(extZip)).Generation
+			if c.finished {
+				requireExists(t, ahead(f, "e"), testVersion, true)
+			}
+		}
+		starts, chunks := 0, 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Machine != "a" || r.Object != objectName(extZip) {
+				return fakegcs.NoFault
+			}
+			switch r.Op {
+			case "start":
+				starts, chunks = starts+1, 0
+				if c.refused && starts == 2 {
+					arrive()
+					return fakegcs.Unmet
 				}
-				starts, chunks := 0, 0
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Machine != "a" || r.Object != objectName(extZip) {
-						return fakegcs.NoFault
-					}
-					switch r.Op {
-					case "start":
-						starts, chunks = starts+1, 0
-						if c.refused && starts == 2 {
-							arrive()
-							return fakegcs.Unmet
-						}
-					case "chunk", "query":
-						switch chunks++; {
-						case starts == 1 && chunks == 3:
-							return fakegcs.Stray
-						case starts == 2 && chunks == 2:
-							arrive()
-							return fakegcs.Hung
-						case chunks > 2:
-							return fakegcs.Hung
-						}
-					}
-					return fakegcs.NoFault
-				})
-				s := f.storage("a", WithChunkSize(faultChunk))
-				zip := &reseeking{bytes.NewReader(a.zip), other.zip}
-				require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
-				require.Equal(t, 2, starts)
-				requireStored(t, f, a)
-				require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
-			})
+			case "chunk", "query":
+				switch chunks++; {
+				case starts == 1 && chunks == 3:
+					return fakegcs.Stray
+				case starts == 2 && chunks == 2:
+					arrive()
+					return fakegcs.Hung
+				case chunks > 2:
+					return fakegcs.Hung
+				}
+			}
+			return fakegcs.NoFault
 		})
-	}
+		s := f.storage("a", WithChunkSize(faultChunk))
+		zip := &reseeking{bytes.NewReader(a.zip), other.zip}
+		require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
+		require.Equal(t, 2, starts)
+		requireStored(t, f, a)
+		require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
+	})
 }
 
 // An object of this save that is not whole is left as it is, whatever the reason,
 // and the version is given up.
 func TestOwnObjectCutShort(t *testing.T) {
-	for _, ext := range []string{extInfo, extZip} {
-		t.Run(ext, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				a := contentOf("a", 100)
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == "insert" && r.Object == objectName(ext) {
-						f.Put(objectName(ext), []byte("half"), r.Metadata)
-						return fakegcs.Unmet
-					}
-					return fakegcs.NoFault
-				})
-				err := a.save(t.Context(), f.storage("a"))
-				requireKind(t, err, KindUnexpected)
-				require.ErrorIs(t, err, errCutShort)
-				require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
-				requireSavableAtOnce(t, f)
-			})
+	forEach(t, inCrowd, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == objectName(ext) {
+				f.Put(objectName(ext), []byte("half"), r.Metadata)
+				return fakegcs.Unmet
+			}
+			return fakegcs.NoFault
 		})
-	}
+		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, errCutShort)
+		require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
+		requireSavableAtOnce(t, f)
+	})
 }
 
 // A create that its sender has given up arrives late. It holds up nobody.
 func TestLateCreateOfCancelledSave(t *testing.T) {
-	for when, lands := range map[string]func(*fakegcs.Request) bool{
+	forNamed(t, inCrowd, map[string]func(*fakegcs.Request) bool{
 		"before the give-up looks":  func(r *fakegcs.Request) bool { return r.Op == "attrs" },
 		"before the give-up writes": givesUp,
 		"after the save":            func(*fakegcs.Request) bool { return false },
-	} {
-		t.Run(when, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					switch {
-					case lands(r):
-						f.Land()
-					case r.Op == "insert" && r.Object == objectName(extMod) && !givesUp(r):
-						return fakegcs.Stray
-					}
-					return fakegcs.NoFault
-				})
-				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-				defer cancel()
-				requireKind(t, contentOf("a", 100).save(ctx, f.storage("a")), KindGatewayTimeout)
+	}, func(t *testing.T, f *fakeGCS, lands func(*fakegcs.Request) bool) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case lands(r):
 				f.Land()
-				requireSavableAtOnce(t, f)
-			})
+			case r.Op == "insert" && r.Object == objectName(extMod) && !givesUp(r):
+				return fakegcs.Stray
+			}
+			return fakegcs.NoFault
 		})
-	}
-}
-
-// nextFunc is a Stasher.
-type nextFunc func(ctx context.Context, module, vers string) (string, error)
-
-func (fetch nextFunc) Stash(ctx context.Context, module, vers string) (string, error) {
-	return fetch(ctx, module, vers)
+		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
+		f.Land()
+		requireSavableAtOnce(t, f)
+	})
 }
 
 // So does a claim whose holder could not reach the bucket.
 func TestLateCreateOfFailedClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		lock := objectName(extClaim)
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == lock && !givesUp(r) {
-				return fakegcs.StrayReset
-			}
-			return fakegcs.NoFault
+		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool {
+			return r.Op == "insert" && r.Object == objectName(extClaim) && !givesUp(r)
 		})
-		fetch := nextFunc(func(_ context.Context, _, vers string) (string, error) { return vers, nil })
-		_, err := f.storage("a").SingleFlight(fetch).Stash(t.Context(), testModule, testVersion)
+		next := answering(testVersion, nil)
+		_, err := f.storage("a").SingleFlight(next).Stash(t.Context(), testModule, testVersion)
 		requireKind(t, err, KindUnexpected)
 		f.onRequest(nil)
 		f.LandOne(len(f.Strays()) - 1) // the others are stale
 		start := time.Now()
-		_, err = f.storage("b").SingleFlight(fetch).Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
+		requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion)
 		require.Less(t, time.Since(start), time.Second)
 	})
 }
 
-// pausing takes its time before the first byte after each Seek.
+// pausing takes two minutes for the first byte after each Seek.
 type pausing struct {
 	*bytes.Reader
 	pause time.Duration
-	sook  bool
 }
 
 func (p *pausing) Seek(offset int64, whence int) (int64, error) {
-	p.sook = true
+	p.pause = 2 * time.Minute
 	return p.Reader.Seek(offset, whence)
 }
 
 func (p *pausing) Read(b []byte) (int, error) {
-	if p.sook {
-		p.sook = false
-		time.Sleep(p.pause)
-	}
+	time.Sleep(p.pause)
+	p.pause = 0
 	return p.Reader.Read(b)
 }
 
@@ -269,7 +237,7 @@ func TestSlowReaderOfSecondPass(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		zip := &pausing{Reader: bytes.NewReader(a.zip), pause: 2 * time.Minute}
+		zip := &pausing{Reader: bytes.NewReader(a.zip)}
 		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
 		require.Equal(t, 2, starts)
 		requireStored(t, f, a)
@@ -278,23 +246,17 @@ func TestSlowReaderOfSecondPass(t *testing.T) {
 
 // A marker that was given up holds up nobody, whatever the threshold and the clock.
 func TestGivenUpIsNeverFresh(t *testing.T) {
-	for name, set := range map[string]func(*Storage){
+	forNamed(t, inCrowd, map[string]func(*Storage){
 		"endless threshold": func(s *Storage) { s.SetStaleThreshold(math.MaxInt64) },
 		"clock of 1970":     func(s *Storage) { s.now = func() time.Time { return givenUp.Add(time.Minute) } },
-	} {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
-				time.Sleep(time.Second)
-				a, s := contentOf("a", 100), f.storage("a")
-				set(s)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				require.NoError(t, a.save(ctx, s))
-				requireStored(t, f, a)
-			})
-		})
-	}
+	}, func(t *testing.T, f *fakeGCS, set func(*Storage)) {
+		f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
+		time.Sleep(time.Second)
+		a, s := contentOf("a", 100), f.storage("a")
+		set(s)
+		require.NoError(t, a.save(within(t, time.Second), s))
+		requireStored(t, f, a)
+	})
 }
 
 // A marker is from the future if it is more than the threshold ahead, and fresh if
@@ -326,8 +288,7 @@ func TestCommitAfterFailedRenewal(t *testing.T) {
 			return fakegcs.NoFault
 		})
 		a := contentOf("a", 100)
-		zip := io.MultiReader(sleepReader(DefaultStaleThreshold/renewals+4*time.Second), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+4*time.Second))
 		require.Equal(t, 1, failed)
 		requireStored(t, f, a)
 	})
@@ -339,13 +300,8 @@ func TestGiveUpOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
 		f.fault(fakegcs.HungApplied, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Object == objectName(extZip) })
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		defer cancel()
-		time.AfterFunc(time.Second, func() {
-			ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.True(t, ok)
-		})
+		ctx := within(t, 2*time.Second)
+		time.AfterFunc(time.Second, func() { requireExists(t, ahead(f, "e"), testVersion, true) })
 		require.NoError(t, a.save(ctx, f.storage("a")))
 		require.Error(t, ctx.Err())
 		requireStored(t, f, a)
@@ -370,9 +326,7 @@ func TestNextSaveCommits(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" && !givesUp(r) })
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		defer cancel()
-		requireKind(t, a.save(ctx, f.storage("a")), KindGatewayTimeout)
+		requireKind(t, a.save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
 		f.onRequest(nil)
 		start := time.Now()
 		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
@@ -418,8 +372,7 @@ func TestFencedIsPatient(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		_, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(b.zip))
-			require.NoError(t, b.saveFrom(t.Context(), newStorage(m.Bucket), zip))
+			require.NoError(t, b.saveSlowly(t.Context(), newStorage(m.Bucket), 10*time.Minute))
 		})
 		requireKind(t, err, KindAlreadyExists)
 		requireStored(t, f, b)
@@ -432,11 +385,9 @@ func TestFencedTakesOverFromCrashed(t *testing.T) {
 		a := contentOf("a", 100)
 		var crashed time.Time
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
-			defer cancel()
 			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
 			time.AfterFunc(10*time.Minute, m.Crash)
-			require.Error(t, contentOf("b", 100).saveFrom(ctx, newStorage(m.Bucket), sleepReader(15*time.Minute)))
+			require.Error(t, contentOf("b", 100).saveFrom(within(t, 20*time.Minute), newStorage(m.Bucket), sleepReader(15*time.Minute)))
 		})
 		require.NoError(t, err)
 		requireStored(t, f, a)
@@ -463,9 +414,7 @@ func TestFencedTakesOverFromFailed(t *testing.T) {
 
 // A gRPC server that answers DEADLINE_EXCEEDED at once is asked again after a pause.
 func TestDeadlineExceededAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeGCS(t)
-		s := f.storage("m")
+	withStorage(t, func(t *testing.T, _ *fakeGCS, s *Storage) {
 		calls := 0
 		start := time.Now()
 		_ = s.bucket.do(t.Context(), requestTimeout, func(ctx context.Context) error {
@@ -483,9 +432,7 @@ func TestAnswerAtTheDeadline(t *testing.T) {
 	for range 30 {
 		inCrowd(t, func(t *testing.T, f *fakeGCS) {
 			f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return true })
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-			defer cancel()
-			_, err := f.storage("m").Exists(ctx, testModule, testVersion)
+			_, err := f.storage("m").Exists(within(t, 20*time.Millisecond), testModule, testVersion)
 			requireKind(t, err, KindGatewayTimeout)
 		})
 	}
@@ -511,28 +458,24 @@ func TestScanOfDeleted(t *testing.T) {
 
 // The session of an upload in chunks can be lost. The upload is made again.
 func TestUploadSessionGone(t *testing.T) {
-	for _, code := range []int{404, 410} {
-		t.Run(fmt.Sprint(code), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				first := true
-				s := behind(f, func(r *http.Request) *http.Response {
-					if r.URL.Query().Get("upload_id") == "" || !first {
-						return nil
-					}
-					first = false
-					return answer(code, "no such session")
-				})
-				s.bucket.chunkSize = 256 << 10
-				a := contentOf("a", 3<<20)
-				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
-				leave(f, nil, extZip) // and is over the same leftover
-				time.Sleep(time.Second)
-				first = true
-				require.NoError(t, a.save(t.Context(), s))
-				requireStored(t, f, a)
-			})
+	forEach(t, inCrowd, []int{404, 410}, func(t *testing.T, f *fakeGCS, code int) {
+		first := true
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.URL.Query().Get("upload_id") == "" || !first {
+				return nil
+			}
+			first = false
+			return answer(code, "no such session")
 		})
-	}
+		s.bucket.chunkSize = 256 << 10
+		a := contentOf("a", 3<<20)
+		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
+		leave(f, nil, extZip) // and is over the same leftover
+		time.Sleep(time.Second)
+		first = true
+		require.NoError(t, a.save(t.Context(), s))
+		requireStored(t, f, a)
+	})
 }
 
 // A create that is forbidden leaves nothing that could arrive later.
@@ -559,10 +502,8 @@ func TestZipBreaksWithoutEnd(t *testing.T) {
 			}
 			return fakegcs.Unavailable
 		})
-		ctx, cancel := context.WithTimeout(t.Context(), 24*time.Hour)
-		defer cancel()
 		start := time.Now()
-		r, err := s.Zip(ctx, testModule, testVersion)
+		r, err := s.Zip(within(t, 24*time.Hour), testModule, testVersion)
 		require.NoError(t, err)
 		_, err = io.ReadAll(r)
 		require.Error(t, err)
@@ -585,13 +526,11 @@ func TestRecoveredCreateHealsNothing(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		go func() {
-			time.Sleep(5 * time.Second)
+		time.AfterFunc(5*time.Second, func() {
 			f.Remove(objectName(extMod)) // a delete
 			f.Land()
-		}()
-		a := contentOf("a", 100)
-		require.NoError(t, a.save(t.Context(), f.storage("a", l.option())))
+		})
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", l.option())))
 		require.NotContains(t, l.String(), "in progress")
 		require.NotContains(t, l.String(), "healed")
 	})
@@ -616,16 +555,13 @@ func TestSaveBadRequestOfAnotherReason(t *testing.T) {
 // if they name another .mod.
 func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
-		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
 		// A delete that was cut short.
 		f.Remove(objectName(extMod))
 		// An older Athens began a save there and died.
 		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
 		time.Sleep(time.Hour)
-		ok, err := f.storage("b").Exists(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.False(t, ok, "the .mod is %q, the zip %.20q", f.Get(objectName(extMod)).Data, f.Get(objectName(extZip)).Data)
+		requireExists(t, f.storage("b"), testVersion, false)
 	})
 }
 
@@ -633,7 +569,6 @@ func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
 // removes all of it.
 func TestDeleteOfCommitted(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
 		listed, saved := make(chan struct{}), make(chan struct{})
 		var once sync.Once
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
@@ -652,12 +587,11 @@ func TestDeleteOfCommitted(t *testing.T) {
 		})
 		var group sync.WaitGroup
 		group.Go(func() {
-			require.NoError(t, a.save(t.Context(), f.storage("a")))
+			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
 			close(saved)
 		})
 		time.Sleep(time.Second)
-		d := f.storage("d")
-		require.NoError(t, d.Delete(t.Context(), testModule, testVersion))
+		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
 		group.Wait()
 		require.Empty(t, f.Names())
 	})
@@ -694,9 +628,7 @@ func TestRenewalOfFinished(t *testing.T) {
 		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extZip) {
 				time.Sleep(time.Second) // until the .info is there
-				ok, err := ahead(f, "e").Exists(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.True(t, ok)
+				requireExists(t, ahead(f, "e"), testVersion, true)
 				time.Sleep(4 * time.Second)
 			}
 		})
@@ -752,23 +684,18 @@ func TestGiveUp(t *testing.T) {
 
 // Delete and Repair give up, too, when the .mod is another each time.
 func TestDeleteRefusedAgainAndAgain(t *testing.T) {
-	for _, repair := range []bool{false, true} {
-		inCrowd(t, func(t *testing.T, f *fakeGCS) {
-			f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "delete" && r.N < 1000 {
-					f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-				}
-				return fakegcs.NoFault
-			})
-			err := f.storage("a").Delete(t.Context(), testModule, testVersion)
-			if repair {
-				_, err = f.storage("a").Repair(t.Context(), testModule, testVersion)
+	forEach(t, inCrowd, []string{"Delete", "Repair"}, func(t *testing.T, f *fakeGCS, call string) {
+		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "delete" && r.N < 1000 {
+				f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 			}
-			require.True(t, isRefused(err), "%v", err)
-			require.Less(t, len(f.Log()), 100)
+			return fakegcs.NoFault
 		})
-	}
+		err := everyCall(f.storage("a"))[call](t.Context())
+		require.True(t, isRefused(err), "%v", err)
+		require.Less(t, len(f.Log()), 100)
+	})
 }
 
 // The second pass over a zip is whole by its own size, also when the first broke off.

@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,38 +15,21 @@ import (
 	"testing/iotest"
 	"time"
 
-	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 func TestSaveNew(t *testing.T) {
-	for _, size := range []int{0, 1, 100, blockSize, maxWhole, maxWhole + 1, 3 << 20} {
-		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				a := contentOf("a", size)
-				require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), plain(bytes.NewReader(a.zip))))
-				requireStored(t, f, a)
-				require.Len(t, f.Log(), 5)
-				require.Equal(t, 3, fakegcs.SerialTrips(f.Log()))
-				require.NotEmpty(t, f.Get(objectName(extZip)).Metadata[keySaveID])
-				require.Equal(t, "application/zip", f.Get(objectName(extZip)).ContentType)
-			})
-		})
-	}
-}
-
-func TestSaveComplete(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		a, b := contentOf("a", 100), contentOf("b", 100)
-		s := f.storage("a")
-		require.NoError(t, a.save(t.Context(), s))
-		f.ResetLog()
-		requireKind(t, b.save(t.Context(), s), KindAlreadyExists)
-		require.LessOrEqual(t, len(f.Log()), 3)
-		require.LessOrEqual(t, fakegcs.SerialTrips(f.Log()), 2)
+	sizes := []int{0, 1, 100, blockSize, maxWhole, maxWhole + 1, 3 << 20}
+	forEach(t, inBubble, sizes, func(t *testing.T, f *fakeGCS, size int) {
+		a := contentOf("a", size)
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), plain(bytes.NewReader(a.zip))))
 		requireStored(t, f, a)
+		require.Len(t, f.Log(), 5)
+		require.Equal(t, 3, fakegcs.SerialTrips(f.Log()))
+		require.NotEmpty(t, f.Get(objectName(extZip)).Metadata[keySaveID])
+		require.Equal(t, "application/zip", f.Get(objectName(extZip)).ContentType)
 	})
 }
 
@@ -55,22 +38,10 @@ func TestSaveComplete(t *testing.T) {
 func TestSaveCompleteAtThatMoment(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		first := true
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine == "b" && r.Op == "insert" && first {
-				first = false
-				require.NoError(t, a.save(t.Context(), f.storage("a")))
-			}
-			return fakegcs.NoFault
-		})
+		creates := func(r *fakegcs.Request) bool { return r.Machine == "b" && r.Op == "insert" }
+		f.atFirst(creates, func() { require.NoError(t, a.save(t.Context(), f.storage("a"))) })
 		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
-		count := 0
-		for _, r := range f.Log() {
-			if r.Machine == "b" {
-				count++
-			}
-		}
-		require.LessOrEqual(t, count, 3)
+		require.LessOrEqual(t, len(requestsOf(f, "b")), 3)
 		requireStored(t, f, a)
 	})
 }
@@ -78,16 +49,13 @@ func TestSaveCompleteAtThatMoment(t *testing.T) {
 // Whatever is left of a version, a save replaces it or waits for it.
 func TestSaveOverLeftovers(t *testing.T) {
 	old := contentOf("old", 100)
-	now := func() time.Time { return time.Now() }
 	markers := map[string]func() map[string]string{
-		"no marker": func() map[string]string { return nil },
-		"fresh":     func() map[string]string { return marked(now(), "other") },
-		"stale":     func() map[string]string { return marked(now().Add(-3*time.Minute), "other") },
-		"given up":  func() map[string]string { return marked(givenUp, "other") },
-		"garbage":   func() map[string]string { return map[string]string{keyInProgress: "soon", keySaveID: "other"} },
-		"2099": func() map[string]string {
-			return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "other")
-		},
+		"no marker":     func() map[string]string { return nil },
+		"fresh":         func() map[string]string { return marked(time.Now(), "other") },
+		"stale":         func() map[string]string { return marked(time.Now().Add(-3*time.Minute), "other") },
+		"given up":      func() map[string]string { return marked(givenUp, "other") },
+		"garbage":       func() map[string]string { return map[string]string{keyInProgress: "soon", keySaveID: "other"} },
+		"2099":          func() map[string]string { return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "other") },
 		"of old Athens": func() map[string]string { return map[string]string{keyInProgressOld: "true"} },
 	}
 	waits := map[string]bool{"fresh": true, "garbage": true, "2099": true, "of old Athens": true}
@@ -145,39 +113,36 @@ func TestSaveFinishesAnother(t *testing.T) {
 	})
 }
 
-// A loser is told that the version exists when all of it does, and soon then.
+// A loser is told that the version exists when all of it does, and soon then. It
+// asks less than once a second.
 func TestSaveWaits(t *testing.T) {
-	for _, takes := range []time.Duration{100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 10 * time.Minute} {
-		t.Run(takes.String(), func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				a, b := contentOf("a", 100), contentOf("b", 100)
-				var done time.Time
-				var group sync.WaitGroup
-				group.Go(func() {
-					zip := io.MultiReader(sleepReader(takes), bytes.NewReader(a.zip))
-					require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
-					done = time.Now()
-				})
-				time.Sleep(50 * time.Millisecond)
-				start := time.Now()
-				requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
-				group.Wait()
-				requireStored(t, f, a)
-				waited, late := done.Sub(start), time.Since(done)
-				require.LessOrEqual(t, late, 2*time.Second+40*time.Millisecond)
-				if takes >= 20*time.Second {
-					require.LessOrEqual(t, late, waited/10+40*time.Millisecond)
-					requests := 0
-					for _, r := range f.Log() {
-						if r.Machine == "b" {
-							requests++
-						}
-					}
-					require.Less(t, requests, int(waited.Seconds()))
-				}
-			})
-		})
+	times := []time.Duration{
+		100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 3 * time.Minute, 10 * time.Minute, time.Hour,
 	}
+	forEach(t, inBubble, times, func(t *testing.T, f *fakeGCS, takes time.Duration) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		var done time.Time
+		var group sync.WaitGroup
+		group.Go(func() {
+			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), takes))
+			done = time.Now()
+		})
+		time.Sleep(50 * time.Millisecond)
+		start := time.Now()
+		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
+		group.Wait()
+		requireStored(t, f, a)
+		waited, late := done.Sub(start), time.Since(done)
+		require.LessOrEqual(t, late, 2*time.Second+40*time.Millisecond)
+		if takes >= 20*time.Second {
+			require.LessOrEqual(t, late, waited/10+40*time.Millisecond)
+			require.Less(t, len(requestsOf(f, "b")), int(waited.Seconds()))
+		}
+	})
+}
+
+func requestsOf(f *fakeGCS, machine string) []fakegcs.Request {
+	return slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool { return r.Machine != machine })
 }
 
 // sleepReader is empty, and takes its time to say so.
@@ -214,48 +179,34 @@ func TestSaveSlowZip(t *testing.T) {
 		f.EnforceRates(true)
 		a := contentOf("a", 100)
 		// The last renewal is under way when the zip is done.
-		zip := io.MultiReader(sleepReader(10*time.Minute), bytes.NewReader(a.zip))
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
 		requireStored(t, f, a)
-		patches := 0
-		for _, r := range f.Log() {
-			require.NotEqual(t, 429, r.Status)
-			if r.Op == "patch" {
-				patches++
-			}
-		}
-		require.InDelta(t, 10*60/30+1, patches, 1)
+		require.InDelta(t, 10*60/30+1, renewed(t, f, extMod), 1) // the commit is one more
 	})
 }
 
 // Of savers that start together, one stores the version, and all can read it.
 func TestSaveContention(t *testing.T) {
-	for _, n := range []int{2, 3, 10} {
-		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				winner := make(chan content, n)
-				var group sync.WaitGroup
-				for i := range n {
-					c := contentOf(fmt.Sprint(i), 100*i)
-					s := f.storage(fmt.Sprint(i))
-					group.Go(func() {
-						err := c.save(t.Context(), s)
-						if err == nil {
-							winner <- c
-						} else {
-							requireKind(t, err, KindAlreadyExists)
-						}
-						ok, err := s.Exists(t.Context(), testModule, testVersion)
-						require.NoError(t, err)
-						require.True(t, ok)
-					})
+	forEach(t, inBubble, []int{2, 3, 10}, func(t *testing.T, f *fakeGCS, n int) {
+		winner := make(chan content, n)
+		var group sync.WaitGroup
+		for i := range n {
+			c := contentOf(fmt.Sprint(i), 100*i)
+			s := f.storage(fmt.Sprint(i))
+			group.Go(func() {
+				err := c.save(t.Context(), s)
+				if err == nil {
+					winner <- c
+				} else {
+					requireKind(t, err, KindAlreadyExists)
 				}
-				group.Wait()
-				require.Len(t, winner, 1)
-				requireStored(t, f, <-winner)
+				requireExists(t, s, testVersion, true)
 			})
-		})
-	}
+		}
+		group.Wait()
+		require.Len(t, winner, 1)
+		requireStored(t, f, <-winner)
+	})
 }
 
 // Machines whose clocks let each think the other dead take the version from each
@@ -305,7 +256,7 @@ func TestSaveReaderFails(t *testing.T) {
 					requireKind(t, got, KindUnexpected)
 					require.ErrorIs(t, got, err)
 					require.Nil(t, f.Get(objectName(extZip)))
-					require.True(t, isGivenUpIn(f))
+					require.True(t, givesUp(&fakegcs.Request{Metadata: described(f, objectName(extMod)).Metadata}))
 					time.Sleep(time.Second)
 					start := time.Now()
 					require.NoError(t, b.save(t.Context(), s))
@@ -333,17 +284,7 @@ func TestSaveInfoRefused(t *testing.T) {
 		}), 1000))
 		require.ErrorContains(t, err, "storage.objects.create")
 		require.Less(t, time.Since(start), 5*time.Second)
-		require.True(t, isGivenUpIn(f))
 	})
-}
-
-func isGivenUpIn(f *fakeGCS) bool {
-	o := f.Get(objectName(extMod))
-	if o == nil {
-		return false
-	}
-	m, marked := readMarker(&storage.ObjectAttrs{Metadata: o.Metadata})
-	return marked && m.isGivenUp()
 }
 
 func TestSaveMD5(t *testing.T) {
@@ -437,9 +378,7 @@ func TestSaveContextEnds(t *testing.T) {
 func TestSaveDeadline(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-		defer cancel()
-		err := contentOf("a", 1).save(ctx, f.storage("a"))
+		err := contentOf("a", 1).save(within(t, 10*time.Second), f.storage("a"))
 		requireKind(t, err, KindGatewayTimeout)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 	})
@@ -496,14 +435,10 @@ func TestSaveLateObject(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %d", ext, size), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, f *fakeGCS) {
 					a := contentOf("a", size)
-					late := true
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.Object == objectName(ext) && late {
-							late = false
-							f.Put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
-							time.Sleep(time.Second) // past the limit on writes of one name
-						}
-						return fakegcs.NoFault
+					uploads := func(r *fakegcs.Request) bool { return r.Object == objectName(ext) }
+					f.atFirst(uploads, func() {
+						f.Put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
+						time.Sleep(time.Second) // past the limit on writes of one name
 					})
 					require.NoError(t, a.save(t.Context(), f.storage("a")))
 					requireStored(t, f, a)
@@ -518,12 +453,8 @@ func TestSaveLateObject(t *testing.T) {
 func TestSaveLateObjectUnseekable(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 2<<20)
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "start" && f.Get(objectName(extZip)) == nil {
-				f.Put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"})
-			}
-			return fakegcs.NoFault
-		})
+		starts := func(r *fakegcs.Request) bool { return r.Op == "start" }
+		f.atFirst(starts, func() { f.Put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"}) })
 		s := f.storage("a", WithChunkSize(256<<10))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		time.Sleep(time.Second)
@@ -545,9 +476,7 @@ func TestSaveLeftoversOfSuccessor(t *testing.T) {
 			case r.Machine == "b" && r.Op == "patch":
 				time.Sleep(5 * time.Second) // so that a has done what it may do by then
 			case r.Machine == "a" && r.Object != objectName(extMod) && tookOver.CompareAndSwap(true, false):
-				s := f.storage("b")
-				s.now = func() time.Time { return time.Now().Add(time.Hour) }
-				go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
+				go func() { committed <- b.save(context.WithoutCancel(t.Context()), ahead(f, "b")) }()
 				time.Sleep(2 * time.Second)
 			}
 			return fakegcs.NoFault
@@ -588,9 +517,7 @@ func TestSaveListsSuccessorBesideCreate(t *testing.T) {
 							time.Sleep(500 * time.Millisecond) // until the .mod is created
 						}
 						if lists == successorAt {
-							s := f.storage("b")
-							s.now = func() time.Time { return time.Now().Add(time.Hour) }
-							go func() { committed <- b.save(context.WithoutCancel(t.Context()), s) }()
+							go func() { committed <- b.save(context.WithoutCancel(t.Context()), ahead(f, "b")) }()
 							time.Sleep(2 * time.Second)
 						}
 					}
@@ -642,17 +569,14 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 // The permissions that Athens' own documentation suggests do not suffice to
 // commit, and the error says which one does.
 func TestSavePermissions(t *testing.T) {
-	for _, permission := range []string{"storage.objects.create", "storage.objects.update", "storage.objects.list"} {
-		t.Run(permission, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				f.Deny(permission)
-				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
-				requireKind(t, err, KindUnexpected)
-				require.ErrorContains(t, err, permission)
-				require.ErrorContains(t, err, "roles/storage.objectUser")
-			})
-		})
-	}
+	needed := []string{"storage.objects.create", "storage.objects.update", "storage.objects.list"}
+	forEach(t, inBubble, needed, func(t *testing.T, f *fakeGCS, permission string) {
+		f.Deny(permission)
+		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorContains(t, err, permission)
+		require.ErrorContains(t, err, "roles/storage.objectUser")
+	})
 }
 
 // What GCS refuses again and again ends a save that has no deadline, and the kind
@@ -674,33 +598,25 @@ func TestSaveRetriesEnd(t *testing.T) {
 
 // A delete in the middle of a save: the save starts over.
 func TestSaveDeleted(t *testing.T) {
-	for n := 1; n < 5; n++ {
-		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				a := contentOf("a", 100)
-				once := true
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Machine == "a" && r.MachineN == n && once {
-						once = false
-						time.Sleep(time.Second)
-						err := f.storage("b").Delete(t.Context(), testModule, testVersion)
-						require.True(t, err == nil || Is(err, KindNotFound))
-					}
-					return fakegcs.NoFault
-				})
-				require.NoError(t, a.save(t.Context(), f.storage("a")))
-				requireStored(t, f, a)
-			})
+	forEach(t, inCrowd, []int{1, 2, 3, 4}, func(t *testing.T, f *fakeGCS, n int) {
+		a := contentOf("a", 100)
+		isIt := func(r *fakegcs.Request) bool { return r.Machine == "a" && r.MachineN == n }
+		f.atFirst(isIt, func() {
+			time.Sleep(time.Second)
+			err := f.storage("b").Delete(t.Context(), testModule, testVersion)
+			require.True(t, err == nil || Is(err, KindNotFound))
 		})
-	}
+		require.NoError(t, a.save(t.Context(), f.storage("a")))
+		requireStored(t, f, a)
+	})
 }
 
 func TestSaveHealsAndSaysSo(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extMod), []byte("poisoned"), nil)
 		time.Sleep(time.Second)
-		var log strings.Builder
-		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", WithLogger(slog.New(slog.NewTextHandler(&log, nil))))))
+		var log syncedLog
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", log.option())))
 		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }

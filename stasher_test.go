@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/md5"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"log/slog"
 	"path"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,14 +48,15 @@ func answering(vers string, err error) Stasher {
 	return stashFunc(func(context.Context, string, string) (string, error) { return vers, err })
 }
 
-// origin is the version control system that a fleet fetches from.
+// origin is the version control system that a fleet fetches from. A master there is
+// pseudoVersion.
 type origin struct {
-	takes   time.Duration // for one fetch
-	resolve map[string]string
-	fail    func(call int) error // of the n-th fetch, nil for none
+	takes time.Duration       // for one fetch
+	fail  func(call int) bool // whether the n-th fetch ends with errGone; nil for none
 
 	mu    sync.Mutex
 	calls map[string]int // by version asked for
+	begun int            // fetches
 	now   int            // fetches under way,
 	most  int            // and the most there ever were
 }
@@ -66,7 +69,8 @@ func (o *origin) stasher(s *Storage) Stasher {
 			o.calls = map[string]int{}
 		}
 		o.calls[vers]++
-		n := o.sum()
+		o.begun++
+		n := o.begun
 		o.now++
 		o.most = max(o.most, o.now)
 		o.mu.Unlock()
@@ -78,13 +82,11 @@ func (o *origin) stasher(s *Storage) Stasher {
 		if err := sleep(ctx, o.takes); err != nil {
 			return "", err
 		}
-		if o.fail != nil {
-			if err := o.fail(n); err != nil {
-				return "", err
-			}
+		if o.fail != nil && o.fail(n) {
+			return "", errGone
 		}
-		if resolved, ok := o.resolve[vers]; ok {
-			vers = resolved
+		if vers == "master" {
+			vers = pseudoVersion
 		}
 		if err := stashSave(ctx, s, module, vers); err != nil {
 			return "", athensLike{"stasher.Stash", KindUnexpected, err}
@@ -97,16 +99,7 @@ func (o *origin) stasher(s *Storage) Stasher {
 func (o *origin) total() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.sum()
-}
-
-// sum is total with mu held.
-func (o *origin) sum() int {
-	n := 0
-	for _, calls := range o.calls {
-		n += calls
-	}
-	return n
+	return o.begun
 }
 
 func stashSave(ctx context.Context, s *Storage, module, vers string) error {
@@ -182,33 +175,28 @@ func requireNoErrors(t *testing.T, errs []error) {
 type contextKey struct{}
 
 func TestSingleFlightShares(t *testing.T) {
-	for _, vers := range []string{testVersion, "master"} {
-		t.Run(vers, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				calls := 0
-				s := f.storage("a")
-				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
-					calls++
-					require.Equal(t, testModule, module)
-					require.Equal(t, vers, v)
-					require.Equal(t, 0, ctx.Value(contextKey{})) // of the first who came
-					time.Sleep(5 * time.Second)
-					return pseudoVersion, nil
-				}))
-				var group sync.WaitGroup
-				for i := range 20 {
-					group.Go(func() {
-						time.Sleep(time.Duration(i) * 100 * time.Millisecond)
-						saved, err := stasher.Stash(context.WithValue(t.Context(), contextKey{}, i), testModule, vers)
-						require.NoError(t, err)
-						require.Equal(t, pseudoVersion, saved)
-					})
-				}
-				group.Wait()
-				require.Equal(t, 1, calls)
+	forEach(t, inFleet, []string{testVersion, "master"}, func(t *testing.T, f *fakeGCS, vers string) {
+		calls := 0
+		stasher := f.storage("a").SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+			calls++
+			require.Equal(t, testModule, module)
+			require.Equal(t, vers, v)
+			require.Equal(t, 0, ctx.Value(contextKey{})) // of the first who came
+			time.Sleep(5 * time.Second)
+			return pseudoVersion, nil
+		}))
+		var group sync.WaitGroup
+		for i := range 20 {
+			group.Go(func() {
+				time.Sleep(time.Duration(i) * 100 * time.Millisecond)
+				saved, err := stasher.Stash(context.WithValue(t.Context(), contextKey{}, i), testModule, vers)
+				require.NoError(t, err)
+				require.Equal(t, pseudoVersion, saved)
 			})
-		})
-	}
+		}
+		group.Wait()
+		require.Equal(t, 1, calls)
+	})
 }
 
 // Neither another version, nor another module, nor a call after the last is the
@@ -217,8 +205,7 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var mu sync.Mutex
 		calls := map[string]int{}
-		s := f.storage("a")
-		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+		stasher := f.storage("a").SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			calls[module+"@"+v]++
@@ -241,25 +228,19 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 
 // A caller, the first or another, that has had enough leaves at once, and alone.
 func TestSingleFlightCallerLeaves(t *testing.T) {
-	for _, vers := range []string{testVersion, "master"} {
+	for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
 		for leaver := range 3 {
 			t.Run(fmt.Sprint(vers, leaver), func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: 5 * time.Second, resolve: map[string]string{"master": pseudoVersion}}
+					o := &origin{takes: 5 * time.Second}
 					a := newReplica(f, o, "a")
-					want := vers
-					if vers == "master" {
-						want = pseudoVersion
-					}
 					start := time.Now()
 					var group sync.WaitGroup
 					for i := range 3 {
 						group.Go(func() {
 							ctx := t.Context()
 							if i == leaver {
-								var cancel context.CancelFunc
-								ctx, cancel = context.WithTimeout(ctx, 2*time.Second)
-								defer cancel()
+								ctx = within(t, 2*time.Second)
 							}
 							time.Sleep(time.Duration(i) * time.Millisecond)
 							saved, err := a.Stash(ctx, testModule, vers)
@@ -304,13 +285,13 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 		"at the commit":         {time.Hour, on("patch", extMod)},
 		"at the claim's delete": {time.Hour, on("delete", extClaim)},
 	} {
-		for _, vers := range []string{testVersion, "master"} {
+		for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
 			if vers == "master" && (name == "at the claim" || name == "at the claim's delete") {
 				continue // it has none
 			}
 			t.Run(name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: takes, resolve: map[string]string{"master": pseudoVersion}}
+					o := &origin{takes: takes}
 					s := f.storage("a")
 					next := o.stasher(s)
 					stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
@@ -321,14 +302,12 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 					}))
 					ctx, cancel := context.WithTimeout(context.WithValue(t.Context(), contextKey{}, "value"), time.Hour)
 					defer cancel()
-					if when.at != nil {
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if when.at(r) {
-								cancel()
-							}
-							return fakegcs.NoFault
-						})
-					}
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+						if when.at != nil && when.at(r) {
+							cancel()
+						}
+						return fakegcs.NoFault
+					})
 					switch {
 					case when.after < 0:
 						cancel()
@@ -353,11 +332,7 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 					}
 					time.Sleep(2 * takes)
 					require.Equal(t, 1, o.total())
-					if vers == "master" {
-						requireComplete(t, f, testModule, pseudoVersion)
-						return
-					}
-					requireComplete(t, f, testModule, vers)
+					requireComplete(t, f, testModule, want)
 				})
 			})
 		}
@@ -381,11 +356,6 @@ func TestSingleFlightJoinsAbandoned(t *testing.T) {
 	})
 }
 
-func TestSingleFlightNil(t *testing.T) {
-	s := newStorage(newFakeGCS(t).Machine("a").Bucket)
-	require.PanicsWithValue(t, "gcs: SingleFlight: next is nil", func() { s.SingleFlight(nil) })
-}
-
 // What is no version of a module cannot be looked for in the bucket.
 func TestSingleFlightBadRequest(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
@@ -402,81 +372,71 @@ func TestSingleFlightBadRequest(t *testing.T) {
 func TestSingleFlightFinds(t *testing.T) {
 	saved := map[string]string{keySaveID: "dead"}
 	type objects map[string]map[string]string
-	for name, test := range map[string]struct {
+	type testCase struct {
 		found           objects
 		calls, requests int
-	}{
+	}
+	forNamed(t, inFleet, map[string]testCase{
 		"complete":   {objects{extInfo: saved, extZip: saved, extMod: nil}, 0, 1},
 		"unfinished": {objects{extInfo: saved, extZip: saved, extMod: marked(givenUp, "dead")}, 0, 2},
 		"old Athens": {objects{extInfo: nil, extZip: nil, extMod: {keyInProgressOld: "true"}}, 0, 2},
 		"partial":    {objects{extMod: nil, extInfo: nil}, 1, 0},
 		"given up":   {objects{extMod: marked(givenUp, "dead")}, 1, 0},
 		"abandoned":  {objects{extMod: marked(givenUp, "dead"), extZip: nil, extInfo: nil}, 1, 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				for ext, metadata := range test.found {
-					f.Put(objectName(ext), []byte("old"), metadata)
-				}
-				time.Sleep(DefaultStaleThreshold)
-				o := &origin{}
-				a := newReplica(f, o, "a")
-				requireStash(t, a, testVersion, testVersion)
-				require.Equal(t, test.calls, o.total())
-				if test.calls == 0 {
-					require.Len(t, f.Log(), test.requests)
-					ok, err := a.s.Exists(t.Context(), testModule, testVersion)
-					require.NoError(t, err)
-					require.True(t, ok)
-					return
-				}
-				requireComplete(t, f, testModule, testVersion)
-			})
-		})
-	}
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		for ext, metadata := range test.found {
+			f.Put(objectName(ext), []byte("old"), metadata)
+		}
+		time.Sleep(DefaultStaleThreshold)
+		o := &origin{}
+		a := newReplica(f, o, "a")
+		requireStash(t, a, testVersion, testVersion)
+		require.Equal(t, test.calls, o.total())
+		if test.calls == 0 {
+			require.Len(t, f.Log(), test.requests)
+			requireExists(t, a.s, testVersion, true)
+			return
+		}
+		requireComplete(t, f, testModule, testVersion)
+	})
 }
 
 // A machine that saves without a claim, as Athens' pull of a query does, is
 // waited for all the same: until it is done, or fails, or is dead.
 func TestSingleFlightWaitsForSave(t *testing.T) {
-	for _, test := range []struct {
-		name         string
+	type testCase struct {
 		zip          io.Reader
 		crash        bool
 		calls        int
 		after, until time.Duration
-	}{
-		{"done", bytes.NewReader(contentOf(testVersion, 100).zip), false, 0, 20 * time.Second, 23 * time.Second},
-		{"fails", iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
-		{"dies", bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				var group sync.WaitGroup
-				saver := f.Machine("saver")
-				ctx, cancel := context.WithCancel(t.Context())
-				group.Go(func() {
-					zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
-					c := contentOf(testVersion, 100)
-					newStorage(saver.Bucket).Save(ctx, testModule, testVersion, c.mod, zip, nil, c.info)
-				})
-				time.Sleep(time.Second)
-				if test.crash {
-					saver.Crash()
-				}
-				start := time.Now()
-				o := &origin{}
-				requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
-				require.Equal(t, test.calls, o.total())
-				require.Greater(t, time.Since(start), test.after-2*time.Second)
-				require.Less(t, time.Since(start), test.until)
-				requireComplete(t, f, testModule, testVersion)
-				cancel()
-				group.Wait()
-				time.Sleep(time.Minute)
-			})
-		})
 	}
+	forNamed(t, inFleet, map[string]testCase{
+		"done":  {bytes.NewReader(contentOf(testVersion, 100).zip), false, 0, 20 * time.Second, 23 * time.Second},
+		"fails": {iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
+		"dies":  {bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		var group sync.WaitGroup
+		saver := f.Machine("saver")
+		ctx, cancel := context.WithCancel(t.Context())
+		group.Go(func() {
+			zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
+			contentOf(testVersion, 100).saveFrom(ctx, newStorage(saver.Bucket), zip)
+		})
+		time.Sleep(time.Second)
+		if test.crash {
+			saver.Crash()
+		}
+		start := time.Now()
+		o := &origin{}
+		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
+		require.Equal(t, test.calls, o.total())
+		require.Greater(t, time.Since(start), test.after-2*time.Second)
+		require.Less(t, time.Since(start), test.until)
+		requireComplete(t, f, testModule, testVersion)
+		cancel()
+		group.Wait()
+		time.Sleep(time.Minute)
+	})
 }
 
 // A save that begins just before the claim is made is waited for without the
@@ -484,25 +444,19 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 func TestSingleFlightSaveComesBetween(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var group sync.WaitGroup
-		var begun atomic.Bool
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == objectName(extClaim) && begun.CompareAndSwap(false, true) {
-				group.Go(func() {
-					c := contentOf(testVersion, 100)
-					zip := io.MultiReader(sleepReader(20*time.Second), bytes.NewReader(c.zip))
-					require.NoError(t, c.saveFrom(t.Context(), f.storage("saver"), zip))
-				})
-				time.Sleep(time.Second)
-			}
-			return fakegcs.NoFault
+		claims := func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Object == objectName(extClaim) }
+		f.atFirst(claims, func() {
+			group.Go(func() {
+				require.NoError(t, contentOf(testVersion, 100).saveSlowly(t.Context(), f.storage("saver"), 20*time.Second))
+			})
+			time.Sleep(time.Second)
 		})
 		o := &origin{}
 		group.Go(func() { requireStash(t, newReplica(f, o, "a"), testVersion, testVersion) })
 		time.Sleep(5 * time.Second)
-		require.True(t, begun.Load())
 		require.Empty(t, locks(f))
 		group.Wait()
-		require.Zero(t, o.total())
+		require.Zero(t, o.total()) // the save has stored it
 	})
 }
 
@@ -532,13 +486,7 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 			t.Run(test.name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
 					stasher := f.storage("a").SingleFlight(answering(test.beside, test.err))
-					saved, err := stasher.Stash(t.Context(), testModule, vers)
-					require.NoError(t, err)
-					want := test.resolved
-					if want == "" {
-						want = vers
-					}
-					require.Equal(t, want, saved)
+					requireStash(t, stasher, vers, cmp.Or(test.resolved, vers))
 				})
 			})
 		}
@@ -548,15 +496,11 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 // The whole way: two replicas are asked for a branch, and fetch it both.
 func TestSingleFlightResolves(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		o := &origin{takes: time.Second, resolve: map[string]string{"master": pseudoVersion}}
+		o := &origin{takes: time.Second}
 		var group sync.WaitGroup
 		for _, r := range newFleet(f, o, 5) {
 			for range 3 {
-				group.Go(func() {
-					saved, err := r.Stash(t.Context(), testModule, "master")
-					require.NoError(t, err)
-					require.Equal(t, pseudoVersion, saved)
-				})
+				group.Go(func() { requireStash(t, r, "master", pseudoVersion) })
 			}
 		}
 		group.Wait()
@@ -602,9 +546,7 @@ func TestSingleFlightNextExits(t *testing.T) {
 			return "", nil
 		}))
 		for i, vers := range []string{"master", testVersion, testVersion} {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			_, err := stasher.Stash(ctx, testModule, vers)
+			_, err := stasher.Stash(within(t, time.Minute), testModule, vers)
 			require.ErrorIs(t, err, context.DeadlineExceeded)
 			require.EqualValues(t, i+1, calls.Load())
 			require.Empty(t, locks(f))
@@ -664,17 +606,12 @@ func TestSingleFlightFleet(t *testing.T) {
 					}
 					group.Wait()
 					require.Less(t, time.Since(start), o.takes+lastPoll)
-					saves := 0
-					for _, r := range f.Log() {
-						if strings.HasSuffix(r.Object, ".zip") && r.Applied {
-							saves++
-						}
-					}
-					require.Equal(t, versions, saves)
+					saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool {
+						return path.Ext(r.Object) != ".zip" || !r.Applied
+					})
+					require.Len(t, saves, versions)
 					require.Len(t, o.calls, versions)
 					require.Equal(t, versions, o.total())
-					t.Logf("%d requests, %.2f a replica, a version and a second", len(f.Log()),
-						float64(len(f.Log()))/float64(n*versions)/time.Since(start).Seconds())
 				})
 			})
 		}
@@ -707,24 +644,16 @@ func TestSingleFlightFleetLate(t *testing.T) {
 // When the holder of the claim fails, its caller is told why. All others fetch at
 // once: they do not queue for what may exist nowhere.
 func TestSingleFlightHolderFails(t *testing.T) {
-	for _, test := range []struct {
-		name string
-		fail func(call int) error
-	}{
-		{"once", func(call int) error {
-			if call == 1 {
-				return errGone
-			}
-			return nil
-		}},
-		{"as all others do", func(int) error { return errGone }},
+	for name, fail := range map[string]func(call int) bool{
+		"once":             func(call int) bool { return call == 1 },
+		"as all others do": func(int) bool { return true },
 	} {
 		for _, n := range []int{2, 8, 32} {
 			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
-				t.Run(fmt.Sprint(test.name, n, latency), func(t *testing.T) {
+				t.Run(fmt.Sprint(name, n, latency), func(t *testing.T) {
 					inFleet(t, func(t *testing.T, f *fakeGCS) {
 						f.SetLatency(latency)
-						o := &origin{takes: 20 * time.Second, fail: test.fail}
+						o := &origin{takes: 20 * time.Second, fail: fail}
 						errs, took := stashAll(t, newFleet(f, o, n), 0)
 						failed := 0
 						for _, err := range errs {
@@ -736,14 +665,13 @@ func TestSingleFlightHolderFails(t *testing.T) {
 						require.Equal(t, n, o.total())
 						require.Equal(t, n-1, o.most)
 						require.Less(t, took, 2*o.takes+lastPoll+10*latency)
-						if test.name == "once" {
+						if name == "once" {
 							require.Equal(t, 1, failed)
 							requireComplete(t, f, testModule, testVersion)
 						} else {
 							require.Equal(t, n, failed)
 							require.Empty(t, f.Names())
 						}
-						t.Logf("%d replicas: %v for fetches of %v", n, took, o.takes)
 					})
 				})
 			}
@@ -756,7 +684,7 @@ func TestSingleFlightHolderFails(t *testing.T) {
 func TestSingleFlightAllFailQuickly(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		f.SetLatency(500 * time.Millisecond) // so that many are refused at once
-		o := &origin{fail: func(int) error { return errGone }}
+		o := &origin{fail: func(int) bool { return true }}
 		errs, _ := stashAll(t, newFleet(f, o, 24), 0)
 		for _, err := range errs {
 			require.True(t, err == errGone, "%v", err)
@@ -773,23 +701,15 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 		for _, successorFails := range []bool{false, true} {
 			t.Run(fmt.Sprint(n, successorFails), func(t *testing.T) {
 				inCrowd(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: 5 * time.Second}
+					fail := func(call int) bool { return successorFails && call == 2 }
+					o := &origin{takes: 5 * time.Second, fail: fail}
 					fleet := newFleet(f, o, n)
 					ctx, cancel := context.WithCancel(t.Context())
 					var group sync.WaitGroup
 					group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
 					time.Sleep(time.Second)
 					fleet[0].Crash()
-					if successorFails {
-						o.fail = func(call int) error {
-							if call == 2 {
-								return errGone
-							}
-							return nil
-						}
-					}
 					errs, took := stashAll(t, fleet[1:], 0)
-					t.Logf("%d replicas, of which the holder crashed: %d fetches, done after %v", n, o.total(), took)
 					require.Greater(t, took, claimStale-2*time.Second)
 					if !successorFails {
 						requireNoErrors(t, errs)
@@ -820,16 +740,16 @@ func TestSingleFlightSlowHolder(t *testing.T) {
 		errs, _ := stashAll(t, newFleet(f, o, 2), 0)
 		requireNoErrors(t, errs)
 		require.Equal(t, 1, o.total())
-		require.InDelta(t, o.takes/(claimStale/renewals), renewed(t, f), 1)
+		require.InDelta(t, o.takes/(claimStale/renewals), renewed(t, f, extClaim), 1)
 	})
 }
 
-// renewed returns how often a claim was renewed, and checks that it was not too
-// often for GCS.
-func renewed(t *testing.T, f *fakeGCS) (n int) {
+// renewed returns how often an object's marker was changed, and checks that it was
+// not too often for GCS.
+func renewed(t *testing.T, f *fakeGCS, ext string) (n int) {
 	for _, r := range f.Log() {
 		require.NotEqual(t, 429, r.Status)
-		if r.Op == "patch" && r.Object == objectName(extClaim) && r.Applied {
+		if r.Op == "patch" && r.Object == objectName(ext) && r.Applied {
 			n++
 		}
 	}
@@ -841,9 +761,8 @@ func TestSingleFlightRenewsOnceASecond(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		f.EnforceRates(true)
 		o := &origin{takes: 10 * time.Second}
-		_, err := newReplica(f, o, "a", WithStaleThreshold(8*time.Second)).Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.InDelta(t, 10, renewed(t, f), 1)
+		requireStash(t, newReplica(f, o, "a", WithStaleThreshold(8*time.Second)), testVersion, testVersion)
+		require.InDelta(t, 10, renewed(t, f, extClaim), 1)
 	})
 }
 
@@ -853,10 +772,7 @@ func TestSingleFlightWaitIsBounded(t *testing.T) {
 		o := &origin{takes: 20 * time.Minute}
 		fleet := newFleet(f, o, 2)
 		var group sync.WaitGroup
-		group.Go(func() {
-			_, err := fleet[0].Stash(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-		})
+		group.Go(func() { requireStash(t, fleet[0], testVersion, testVersion) })
 		time.Sleep(time.Second)
 		start := time.Now()
 		_, err := fleet[1].Stash(t.Context(), testModule, testVersion)
@@ -900,34 +816,30 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 // A claim that nobody renews any more is taken over, at once if it is stale, and
 // one that cannot be read, or is from the future, when GCS says it is.
 func TestSingleFlightStaleClaim(t *testing.T) {
-	for name, test := range map[string]struct {
+	type testCase struct {
 		metadata func() map[string]string // by the clock of the bubble
 		waits    bool
-	}{
+	}
+	forNamed(t, inFleet, map[string]testCase{
 		"stale":     {func() map[string]string { return marked(time.Now().Add(-claimStale), "dead") }, false},
 		"given up":  {func() map[string]string { return marked(givenUp, "dead") }, false},
 		"no marker": {func() map[string]string { return nil }, false},
 		"garbage":   {func() map[string]string { return map[string]string{keyInProgress: "soon"} }, true},
 		"2099":      {func() map[string]string { return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "dead") }, true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				f.Put(objectName(extClaim), nil, test.metadata())
-				time.Sleep(2 * time.Second)
-				o := &origin{}
-				start := time.Now()
-				_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, 1, o.total())
-				if test.waits {
-					require.InDelta(t, claimStale.Seconds(), time.Since(start).Seconds(), 5)
-				} else {
-					require.Less(t, time.Since(start), time.Second)
-				}
-				requireComplete(t, f, testModule, testVersion)
-			})
-		})
-	}
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		f.Put(objectName(extClaim), nil, test.metadata())
+		time.Sleep(2 * time.Second)
+		o := &origin{}
+		start := time.Now()
+		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
+		require.Equal(t, 1, o.total())
+		if test.waits {
+			require.InDelta(t, claimStale.Seconds(), time.Since(start).Seconds(), 5)
+		} else {
+			require.Less(t, time.Since(start), time.Second)
+		}
+		requireComplete(t, f, testModule, testVersion)
+	})
 }
 
 // A claim is no part of a version, to whomever. Scan shows it.
@@ -940,31 +852,17 @@ func TestClaimIsInvisible(t *testing.T) {
 		fresh(ModuleVersion{testModule, testVersion})
 		fresh(ModuleVersion{"another.org/mod", "v1.0.0"})
 
-		var seen []VersionStatus
-		for status, err := range s.Scan(t.Context(), "another.org/mod") {
-			require.NoError(t, err)
-			require.WithinDuration(t, time.Now(), status.Claimed, time.Second)
-			status.Claimed = time.Time{}
-			seen = append(seen, status)
-		}
-		require.Equal(t, []VersionStatus{{ModuleVersion: ModuleVersion{"another.org/mod", "v1.0.0"}, State: Absent,
-			Missing: []string{extInfo, extMod, extZip}}}, seen)
+		seen := scanned(t, s, "another.org/mod")
+		require.Len(t, seen, 1)
+		require.WithinDuration(t, time.Now(), seen[0].Claimed, time.Second)
+		require.Equal(t, VersionStatus{ModuleVersion: ModuleVersion{"another.org/mod", "v1.0.0"}, State: Absent,
+			Missing: []string{extInfo, extMod, extZip}, Claimed: seen[0].Claimed}, seen[0])
 
-		list, err := s.List(t.Context(), testModule)
-		require.NoError(t, err)
-		require.Equal(t, []string{testVersion}, list)
-		list, err = s.List(t.Context(), "another.org/mod")
-		require.NoError(t, err)
-		require.Empty(t, list)
-		page, next, err := s.Catalog(t.Context(), "", 0)
-		require.NoError(t, err)
-		require.Equal(t, []ModuleVersion{{testModule, testVersion}}, page)
-		require.Empty(t, next)
-		for vers, want := range map[string]bool{testVersion: true, "v0.9.0": false} {
-			ok, err := s.Exists(t.Context(), testModule, vers)
-			require.NoError(t, err)
-			require.Equal(t, want, ok)
-		}
+		requireList(t, s, testModule, testVersion)
+		requireList(t, s, "another.org/mod")
+		require.Equal(t, []ModuleVersion{{testModule, testVersion}}, catalogOf(t, s, 0))
+		requireExists(t, s, testVersion, true)
+		requireExists(t, s, "v0.9.0", false)
 		require.True(t, Is(s.Delete(t.Context(), testModule, "v0.9.0"), KindNotFound))
 		require.True(t, Is(stashSave(t.Context(), s, testModule, testVersion), KindAlreadyExists))
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
@@ -979,45 +877,10 @@ func TestClaimIsInvisible(t *testing.T) {
 // The next flight that finds the version complete removes a stale claim, and so
 // does Repair. Nothing else does. A fresh one stays.
 func TestStaleClaimIsRemoved(t *testing.T) {
-	for _, test := range []struct {
-		name    string
-		call    func(ctx context.Context, s *Storage) error
-		removes bool
-	}{
-		{"single flight", func(ctx context.Context, s *Storage) error {
-			_, err := s.SingleFlight(answering("", errGone)).Stash(ctx, testModule, testVersion)
-			return err
-		}, true},
-		{"Repair", func(ctx context.Context, s *Storage) error {
-			state, err := s.Repair(ctx, testModule, testVersion)
-			if err == nil && state != Complete {
-				return errors.New(state.String())
-			}
-			return err
-		}, true},
-		{"Save", func(ctx context.Context, s *Storage) error {
-			err := stashSave(ctx, s, testModule, testVersion)
-			if Is(err, KindAlreadyExists) {
-				return nil
-			}
-			return err
-		}, false},
-		{"Exists", func(ctx context.Context, s *Storage) error {
-			_, err := s.Exists(ctx, testModule, testVersion)
-			return err
-		}, false},
-		{"Info", func(ctx context.Context, s *Storage) error {
-			_, err := s.Info(ctx, testModule, testVersion)
-			return err
-		}, false},
-		{"List", func(ctx context.Context, s *Storage) error {
-			_, err := s.List(ctx, testModule)
-			return err
-		}, false},
-	} {
+	for name, does := range map[string]bool{"Stash": true, "Repair": true, "Save": false, "Exists": false, "Info": false, "List": false} {
 		for _, age := range []time.Duration{0, claimStale - time.Second, claimStale} {
 			for _, denied := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s after %v denied %v", test.name, age, denied), func(t *testing.T) {
+				t.Run(fmt.Sprintf("%s after %v denied %v", name, age, denied), func(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						log := &syncedLog{}
 						s := f.storage("a", log.option())
@@ -1027,11 +890,14 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 						if denied {
 							f.Deny("storage.objects.delete")
 						}
-						removes := test.removes && age == claimStale
-						err := test.call(t.Context(), s)
-						if denied && removes && test.name == "Repair" {
+						removes := does && age == claimStale
+						err := everyCall(s)[name](t.Context())
+						switch {
+						case name == "Save":
+							requireKind(t, err, KindAlreadyExists)
+						case name == "Repair" && removes && denied:
 							require.ErrorContains(t, err, "storage.objects.delete")
-						} else {
+						default:
 							require.NoError(t, err)
 						}
 						require.Equal(t, !removes || denied, f.Get(objectName(extClaim)) != nil)
@@ -1075,10 +941,7 @@ func TestSingleFlightNoDelete(t *testing.T) {
 		var group sync.WaitGroup
 		for _, r := range fleet {
 			for range 3 {
-				group.Go(func() {
-					_, err := r.Stash(t.Context(), testModule, testVersion)
-					require.NoError(t, err)
-				})
+				group.Go(func() { requireStash(t, r, testVersion, testVersion) })
 			}
 		}
 		group.Wait()
@@ -1087,16 +950,14 @@ func TestSingleFlightNoDelete(t *testing.T) {
 		for i, r := range fleet { // each has to find out for itself
 			vers := fmt.Sprintf("v1.1.%d", i)
 			start := time.Now()
-			_, err := r.Stash(t.Context(), testModule, vers)
-			require.NoError(t, err)
+			requireStash(t, r, vers, vers)
 			require.Equal(t, 1, o.calls[vers])
 			require.Less(t, time.Since(start), 2*o.takes)
 			lines := logs[i].lines(slog.LevelWarn)
 			require.Len(t, lines, 1)
 			require.Contains(t, lines[0], "storage.objects.delete")
 			f.ResetLog()
-			_, err = r.Stash(t.Context(), testModule, "v1.2"+vers[4:])
-			require.NoError(t, err)
+			requireStash(t, r, "v2.0.0", "v2.0.0")
 			for _, r := range f.Log() { // and then tries no more
 				require.NotContains(t, r.Object, ".lock")
 			}
@@ -1108,20 +969,14 @@ func TestSingleFlightNoDelete(t *testing.T) {
 // The lock that one without the permission leaves behind is in nobody's way.
 func TestSingleFlightNoDeleteGivesUp(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		o := &origin{takes: time.Second, fail: func(call int) error {
-			if call == 1 {
-				return io.EOF
-			}
-			return nil
-		}}
+		o := &origin{takes: time.Second, fail: func(call int) bool { return call == 1 }}
 		f.Deny("storage.objects.delete")
 		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-		require.True(t, err == io.EOF)
+		require.True(t, err == errGone)
 		require.Len(t, locks(f), 1)
 		f.Allow("storage.objects.delete") // to others
 		start := time.Now()
-		_, err = newReplica(f, o, "b").Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
+		requireStash(t, newReplica(f, o, "b"), testVersion, testVersion)
 		require.Less(t, time.Since(start), 2*time.Second)
 		require.Empty(t, locks(f))
 	})
@@ -1250,12 +1105,10 @@ func TestSingleFlightCrashes(t *testing.T) {
 					met = false
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						o := &origin{takes: threshold/claimFraction/renewals + time.Second}
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if r.Machine == "0" && r.MachineN == n {
-								met = true
-								return fault
-							}
-							return fakegcs.NoFault
+						f.fault(fault, func(r *fakegcs.Request) bool {
+							isIt := r.Machine == "0" && r.MachineN == n
+							met = met || isIt
+							return isIt
 						})
 						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
 						ctx, cancel := context.WithCancel(t.Context())
@@ -1305,15 +1158,13 @@ func TestSingleFlightClaimStays(t *testing.T) {
 		o := &origin{}
 		f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return r.Op == "delete" })
 		start := time.Now()
-		_, err := newReplica(f, o, "a", log.option()).Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
+		requireStash(t, newReplica(f, o, "a", log.option()), testVersion, testVersion)
 		require.Less(t, time.Since(start), releaseTimeout+time.Second)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "could not delete a claim")
 		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
 		f.onRequest(nil)
-		_, err = newReplica(f, o, "b").Stash(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
+		requireStash(t, newReplica(f, o, "b"), testVersion, testVersion)
 		require.Equal(t, 1, o.total())
 		require.Len(t, locks(f), 1)
 	})
@@ -1321,50 +1172,44 @@ func TestSingleFlightClaimStays(t *testing.T) {
 
 // What a stash costs, in requests beside those of the Save that next makes.
 func TestSingleFlightCost(t *testing.T) {
-	for _, test := range []struct {
-		name                  string
+	type testCase struct {
 		vers                  string
-		prepare               func(f *fakeGCS, s *Storage)
+		stored, claimed       bool
 		before, after, serial int
-	}{
-		{"new version", testVersion, func(*fakeGCS, *Storage) {}, 3, 1, 4 + 3},
-		{"complete version", testVersion, func(f *fakeGCS, s *Storage) {
-			stashSave(context.Background(), s, testModule, testVersion)
-		}, 1, 0, 1},
-		{"complete version beside a stale claim", testVersion, func(f *fakeGCS, s *Storage) {
-			stashSave(context.Background(), s, testModule, testVersion)
-			f.Put(objectName(extClaim), nil, marked(givenUp, "dead"))
-		}, 2, 0, 2},
-		{"query", "master", func(*fakeGCS, *Storage) {}, 0, 0, 3},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				o := &origin{resolve: map[string]string{"master": pseudoVersion}}
-				s := f.storage("a")
-				test.prepare(f, s)
-				var before, after int
-				next := o.stasher(s)
-				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
-					before = len(f.Log())
-					saved, err := next.Stash(ctx, module, vers)
-					after = len(f.Log())
-					return saved, err
-				}))
-				f.ResetLog()
-				_, err := stasher.Stash(t.Context(), testModule, test.vers)
-				require.NoError(t, err)
-				log := f.Log()
-				if o.total() == 0 {
-					before, after = len(log), len(log)
-				}
-				t.Logf("%s: %d requests before next, %d of its Save, %d after it; %d one after another",
-					test.name, before, after-before, len(log)-after, fakegcs.SerialTrips(log))
-				require.Equal(t, test.before, before)
-				require.Equal(t, test.after, len(log)-after)
-				require.Equal(t, test.serial, fakegcs.SerialTrips(log))
-			})
-		})
 	}
+	forNamed(t, inFleet, map[string]testCase{
+		"new version":                           {testVersion, false, false, 3, 1, 4 + 3},
+		"complete version":                      {testVersion, true, false, 1, 0, 1},
+		"complete version beside a stale claim": {testVersion, true, true, 2, 0, 2},
+		"query":                                 {"master", false, false, 0, 0, 3},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		o := &origin{}
+		s := f.storage("a")
+		if test.stored {
+			require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+		}
+		if test.claimed {
+			f.Put(objectName(extClaim), nil, marked(givenUp, "dead"))
+		}
+		var before, after int
+		next := o.stasher(s)
+		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
+			before = len(f.Log())
+			saved, err := next.Stash(ctx, module, vers)
+			after = len(f.Log())
+			return saved, err
+		}))
+		f.ResetLog()
+		_, err := stasher.Stash(t.Context(), testModule, test.vers)
+		require.NoError(t, err)
+		log := f.Log()
+		if o.total() == 0 {
+			before, after = len(log), len(log)
+		}
+		require.Equal(t, test.before, before)
+		require.Equal(t, test.after, len(log)-after)
+		require.Equal(t, test.serial, fakegcs.SerialTrips(log))
+	})
 }
 
 // A claim that is renewed while somebody removes it as stale stays.
