@@ -45,7 +45,7 @@ type lease struct {
 	threshold time.Duration
 
 	over    *storage.ObjectAttrs // what acquire was to replace
-	sent    int                  // requests to write the object that were begun
+	sent    int                  // requests to write the object; 0 when none can still arrive
 	gen     int64                // of the object that is held, 0 for none
 	metagen int64                // the last known
 	renewed time.Time            // when the last renewal ended, by the monotonic clock
@@ -54,7 +54,7 @@ type lease struct {
 // acquire writes the object with this holder's marker, if it is still the one
 // seen, or still absent.
 func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
-	l.over, l.sent, l.gen = seen, 0, 0
+	l.over, l.gen = seen, 0
 	attrs, err := l.b.put(ctx, l.v, l.ext, ifUnchanged(seen), func() map[string]string {
 		l.sent++
 		return marked(l.now(), l.id)

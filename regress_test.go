@@ -190,6 +190,41 @@ func TestLateCreateOfCancelledSave(t *testing.T) {
 	})
 }
 
+// A create can still arrive when the save has gone on to take over, and the takeover be
+// refused because it has arrived.
+func TestLateCreateBeforeTakeover(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		leave(f, nil, extInfo, extMod, extZip)
+		ctx, cancel := context.WithCancel(t.Context())
+		creates := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" {
+				creates++
+			}
+			switch {
+			case creates == 1 && r.Op == "insert":
+				return fakegcs.StrayReset
+			case creates == 3 && r.Op == "insert":
+				f.Land()
+			case creates == 3 && r.Op == "list":
+				cancel()
+			}
+			return fakegcs.NoFault
+		})
+		f.onAnswer(func(r *fakegcs.Request) {
+			if r.Op == "insert" && creates == 2 {
+				for _, ext := range []string{extMod, extInfo, extZip} {
+					f.Remove(objectName(ext))
+				}
+			}
+		})
+		require.ErrorIs(t, contentOf("a", 100).save(ctx, f.storage("a")), context.Canceled)
+		require.Equal(t, 3, creates)
+		f.onRequest(nil)
+		requireSavableAtOnce(t, f)
+	})
+}
+
 // So does a claim whose holder could not reach the bucket.
 func TestLateCreateOfFailedClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {

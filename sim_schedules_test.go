@@ -79,6 +79,7 @@ type actor struct {
 	counts map[string]int // of requests, by what they do
 	ids    int            // of saves
 	told   []line
+	fresh  []line // told since the last choice
 	result string // of its calls
 	done   bool
 	crashed, cancelled,
@@ -252,23 +253,33 @@ func (r *rehearsal) onAnswer(ctx context.Context, q *fakegcs.Request) {
 	r.tell(e, e.said)
 }
 
-// tell adds an answer to what the actor knows.
+// tell tells an actor an answer.
 func (r *rehearsal) tell(e *event, said string) {
 	l := line{request: r.requestAs(e), said: said, sent: e.sent, told: r.chosen, read: e.Op == "list" || e.Op == "attrs", at: r.changes}
 	r.story = append(r.story, "    "+l.String())
-	told := append(e.actor.told, l)
-	for i := len(told) - 1; i > 0 && told[i].sent < told[i-1].told && told[i].String() < told[i-1].String(); i-- {
-		told[i-1], told[i] = told[i], told[i-1]
-	}
-	for n := 1; n <= 8 && 2*n <= len(told); n++ {
-		before, now := told[len(told)-2*n:len(told)-n], told[len(told)-n:]
-		if slices.EqualFunc(before, now, func(a, b line) bool { return a.read && a.request == b.request }) {
-			now[n-1].again = slices.EqualFunc(before, now, func(a, b line) bool { return a.said == b.said && a.at == b.at })
-			told = slices.Delete(told, len(told)-2*n, len(told)-n)
-			break
+	e.actor.fresh = append(e.actor.fresh, l)
+}
+
+// learn adds what an actor was told to what it knows. The order of answers that did
+// not wait for each other does not matter.
+func (a *actor) learn() {
+	slices.SortFunc(a.fresh, func(l, m line) int { return strings.Compare(l.String(), m.String()) })
+	for _, l := range a.fresh {
+		told := append(a.told, l)
+		for i := len(told) - 1; i > 0 && told[i].sent < told[i-1].told && told[i].String() < told[i-1].String(); i-- {
+			told[i-1], told[i] = told[i], told[i-1]
 		}
+		for n := 1; n <= 8 && 2*n <= len(told); n++ {
+			before, now := told[len(told)-2*n:len(told)-n], told[len(told)-n:]
+			if slices.EqualFunc(before, now, func(a, b line) bool { return a.read && a.request == b.request }) {
+				now[n-1].again = slices.EqualFunc(before, now, func(a, b line) bool { return a.said == b.said && a.at == b.at })
+				told = slices.Delete(told, len(told)-2*n, len(told)-n)
+				break
+			}
+		}
+		a.told = told
 	}
-	e.actor.told = told
+	a.fresh = nil
 }
 
 // idles reports whether the request is a poll, and would see again what its actor has
@@ -589,6 +600,9 @@ func (r *rehearsal) settle() {
 	}
 	if !r.sleepUntil(scheduleThreshold/2, func() bool { return !slices.ContainsFunc(r.actors, asleep) }) {
 		r.report("%s is stuck", r.actors[slices.IndexFunc(r.actors, asleep)].name)
+	}
+	for _, a := range r.actors {
+		a.learn()
 	}
 }
 
