@@ -96,9 +96,9 @@
 // refused request is followed by a read: the save knows its own objects by the save
 // id and the size, and its own commit by the generation. A create that arrives late,
 // after a delete, makes a .mod whose generation no .info and no .zip names. It never
-// becomes Unfinished. It is Abandoned when its marker is stale. A save that fails
-// while its create may still arrive writes a given-up .mod itself, so that the late
-// one is refused.
+// becomes Unfinished. It is Abandoned when its marker is stale, and until then the
+// next save waits. A save that fails while its create may still arrive writes a
+// given-up .mod itself, so that the late one is refused.
 //
 // No step of this looks at a clock. Clocks, and the stale threshold, decide only when
 // a holder is presumed dead. If that is wrong, its work is wasted, and no harm is

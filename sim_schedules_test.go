@@ -146,6 +146,7 @@ type rehearsal struct {
 	lifeGens [3]int64
 	lives    []string
 	fetching int
+	late     bool // a .mod arrived after its call had ended and the version was deleted: its marker is fresh
 	broken   []string
 	story    []string
 }
@@ -564,7 +565,9 @@ func (r *rehearsal) release(e *event, fault fakegcs.Fault) {
 func (r *rehearsal) land(e *event) {
 	r.strays = slices.DeleteFunc(r.strays, func(o *event) bool { return o == e })
 	r.f.LandOne(slices.IndexFunc(r.f.Strays(), func(q fakegcs.Request) bool { return q.N == e.N }))
+	before := r.objects[objectName(extMod)]
 	r.inspect(e)
+	r.late = r.late || r.deletes() && e.actor.done && before == nil && r.objects[objectName(extMod)] != nil
 }
 
 // jump lets the stale threshold pass on all clocks. No request times out.
@@ -640,7 +643,7 @@ func (r *rehearsal) wait() {
 
 // state describes all that decides what can happen from here on.
 func (r *rehearsal) state() string {
-	lines := []string{fmt.Sprint(r.left, r.jumps, r.life, r.lives)}
+	lines := []string{fmt.Sprint(r.left, r.jumps, r.life, r.lives, r.late)}
 	if r.bound > 0 && r.last != nil {
 		lines[0] += r.last.name
 	}
@@ -722,7 +725,7 @@ func (r *rehearsal) epilogue() {
 	if requests, bodies := r.f.InFlight(); !crashed && len(r.f.Strays()) == 0 && requests+bodies > 0 {
 		r.report("%d requests and %d bodies are left", requests, bodies)
 	}
-	if crashed {
+	if crashed || r.late {
 		r.jump()
 	}
 	r.free = true
