@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -504,7 +505,7 @@ func (b *bench) failure(t *testing.T) {
 
 // brokenAfter is a reader that fails after so many bytes.
 func brokenAfter(size int64, err error) io.Reader {
-	return io.MultiReader(io.LimitReader(zeros{}, size), failing{err})
+	return io.MultiReader(io.LimitReader(zeros{}, size), iotest.ErrReader(err))
 }
 
 type zeros struct{}
@@ -513,10 +514,6 @@ func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
 }
-
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // contexts: a call whose context has ended says so, and changes nothing. A save
 // whose context ends while it reads the zip leaves no version.
