@@ -1,7 +1,6 @@
 package gcs
 
 import (
-	"context"
 	"encoding/base64"
 	"fmt"
 	"math/rand/v2"
@@ -11,8 +10,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // pagesOf returns all pages of a catalog, and calls between before each but the
@@ -247,29 +244,5 @@ func TestCatalogBadTokens(t *testing.T) {
 			require.Empty(t, next)
 		}
 		require.Empty(t, f.Log())
-	})
-}
-
-func TestCatalogErrors(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		mixedBucket(f)
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		_, _, err := s.Catalog(ctx, "", 0)
-		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		_, _, err = s.Catalog(ctx, "", 0)
-		requireError(t, err, KindGatewayTimeout, "gcs.Catalog", "", "")
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.list")
-		_, _, err = s.Catalog(t.Context(), "", 0)
-		requireError(t, err, KindUnexpected, "gcs.Catalog", "", "")
-		require.ErrorContains(t, err, "storage.objects.list")
 	})
 }

@@ -1,7 +1,6 @@
 package gcs
 
 import (
-	"context"
 	"fmt"
 	"maps"
 	"net/http"
@@ -286,35 +285,6 @@ func TestExistsRefusedForAnotherReason(t *testing.T) {
 		_, err := s.Exists(t.Context(), v.Module, v.Version)
 		requireError(t, err, KindUnexpected, "gcs.Exists", v.Module, v.Version)
 		require.Contains(t, err.Error(), "Public access prevention")
-	})
-}
-
-func TestExistsErrors(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		ok, err := s.Exists(ctx, "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		ok, err = s.Exists(ctx, "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindGatewayTimeout, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.list")
-		ok, err = s.Exists(t.Context(), "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorContains(t, err, "storage.objects.list")
-		require.ErrorContains(t, err, "roles/storage.objectUser")
 	})
 }
 

@@ -104,41 +104,6 @@ func TestReadMissing(t *testing.T) {
 	})
 }
 
-func TestReadErrors(t *testing.T) {
-	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
-		storeVersion(f, "m", "v1.0.0")
-		read := readers[op]
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		_, err := read(ctx, s, "m", "v1.0.0")
-		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		_, err = read(ctx, s, "m", "v1.0.0")
-		requireError(t, err, KindGatewayTimeout, "gcs."+op, "m", "v1.0.0")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.TooMany })
-		impatient := newStorage(f.Machine("impatient").Bucket.Retryer(storage.WithMaxAttempts(2)))
-		_, err = read(t.Context(), impatient, "m", "v1.0.0")
-		requireError(t, err, KindRateLimit, "gcs."+op, "m", "v1.0.0")
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.get")
-		_, err = read(t.Context(), s, "m", "v1.0.0")
-		requireError(t, err, KindUnexpected, "gcs."+op, "m", "v1.0.0")
-		require.ErrorContains(t, err, "storage.objects.get")
-		require.ErrorContains(t, err, "roles/storage.objectUser")
-
-		_, bodies := f.InFlight()
-		require.Zero(t, bodies)
-	})
-}
-
 // What goes wrong once is not the caller's concern.
 func TestReadFaults(t *testing.T) {
 	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany} {

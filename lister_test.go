@@ -1,7 +1,6 @@
 package gcs
 
 import (
-	"context"
 	"fmt"
 	"net/http"
 	"testing"
@@ -192,32 +191,6 @@ func TestOtherServers(t *testing.T) {
 			})
 		})
 	}
-}
-
-func TestListErrors(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		_, err := s.List(ctx, "m")
-		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Unavailable })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		versions, err := s.List(ctx, "m")
-		requireError(t, err, KindGatewayTimeout, "gcs.List", "m", "")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Nil(t, versions)
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.list")
-		_, err = s.List(t.Context(), "m")
-		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
-		require.ErrorContains(t, err, "storage.objects.list")
-	})
 }
 
 // What goes wrong on one page adds no version twice.
