@@ -1,7 +1,6 @@
 package gcs
 
 import (
-	"context"
 	"fmt"
 	"maps"
 	"net/http"
@@ -142,50 +141,39 @@ func TestExistsStates(t *testing.T) {
 	}
 }
 
+func isPatch(r *fakegcs.Request) bool { return r.Op == "patch" }
+
 // The time of an older Athens version's marker is that of its object's creation,
 // whatever was updated since.
 func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		f.PutAt("m/@v/v1.0.0.mod", nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
-		f.SetMetadata("m/@v/v1.0.0.mod", map[string]string{keyInProgressOld: "true"})
-		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.True(t, ok)
+		storeVersion(f, testModule, testVersion)
+		f.PutAt(objectName(extMod), nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
+		f.SetMetadata(objectName(extMod), map[string]string{keyInProgressOld: "true"})
+		requireExists(t, s, testVersion, true)
 	})
 }
 
 // To a caller who may not finish it, an unfinished version does not exist.
 func TestExistsWithoutUpdatePermission(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		v := ModuleVersion{"m", "v1.0.0"}
-		unfinishedVersion(f, v)
-		before := f.Get(v.object(extMod))
+		unfinishedVersion(f, testVersionName)
+		before := f.Get(objectName(extMod))
 		f.Deny("storage.objects.update")
-
-		ok, err := s.Exists(t.Context(), v.Module, v.Version)
-		require.NoError(t, err)
-		require.False(t, ok)
-		versions, err := s.List(t.Context(), v.Module)
-		require.NoError(t, err)
-		require.Empty(t, versions)
-		catalog, _, err := s.Catalog(t.Context(), "", 0)
-		require.NoError(t, err)
-		require.Empty(t, catalog)
-		require.Equal(t, before, f.Get(v.object(extMod)))
+		requireExists(t, s, testVersion, false)
+		requireList(t, s, testModule)
+		require.Empty(t, catalogOf(t, s, 0))
+		require.Equal(t, before, f.Get(objectName(extMod)))
 
 		f.Allow("storage.objects.update")
-		ok, err = s.Exists(t.Context(), v.Module, v.Version)
-		require.NoError(t, err)
-		require.True(t, ok)
+		requireExists(t, s, testVersion, true)
 	})
 }
 
 // Something happens to an unfinished version between its listing and the
 // request that finishes it.
 func TestExistsRaces(t *testing.T) {
-	v := ModuleVersion{"m", "v1.0.0"}
-	mod := v.object(extMod)
+	mod := objectName(extMod)
 	for _, tc := range []struct {
 		name   string
 		change func(f *fakeGCS)
@@ -195,7 +183,7 @@ func TestExistsRaces(t *testing.T) {
 		{"the holder gives up", func(f *fakeGCS) { f.SetMetadata(mod, marked(givenUp, "b")) }, false},
 		{"somebody finishes", func(f *fakeGCS) { f.SetMetadata(mod, nil) }, true},
 		{"taken over", func(f *fakeGCS) { f.Put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
-		{"saved anew", func(f *fakeGCS) { storeVersion(f, v.Module, v.Version) }, true},
+		{"saved anew", func(f *fakeGCS) { storeVersion(f, testModule, testVersion) }, true},
 		{"the .mod is deleted", func(f *fakeGCS) { f.Remove(mod) }, false},
 		{"deleted", func(f *fakeGCS) {
 			for _, name := range f.Names() {
@@ -205,18 +193,13 @@ func TestExistsRaces(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				unfinishedVersion(f, v)
+				unfinishedVersion(f, testVersionName)
 				var after *fakegcs.Object
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == "patch" {
-						tc.change(f)
-						after = f.Get(mod)
-					}
-					return fakegcs.NoFault
+				f.atFirst(isPatch, func() {
+					tc.change(f)
+					after = f.Get(mod)
 				})
-				ok, err := s.Exists(t.Context(), v.Module, v.Version)
-				require.NoError(t, err)
-				require.Equal(t, tc.want, ok)
+				requireExists(t, s, testVersion, tc.want)
 				require.Equal(t, after, f.Get(mod), "what the other one did must stay")
 				require.Equal(t, []string{"list", "patch", "list"}, logged(f))
 			})
@@ -227,44 +210,24 @@ func TestExistsRaces(t *testing.T) {
 // A renewal can come between, and after it the holder can die.
 func TestExistsAfterRace(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		v := ModuleVersion{"m", "v1.0.0"}
-		unfinishedVersion(f, v)
-		patches := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "patch" {
-				if patches++; patches == 1 {
-					f.SetMetadata(v.object(extMod), marked(time.Now().Add(ago/2), "a"))
-				}
-			}
-			return fakegcs.NoFault
-		})
-		ok, err := s.Exists(t.Context(), v.Module, v.Version)
-		require.NoError(t, err)
-		require.True(t, ok)
-		require.Equal(t, 2, patches)
+		unfinishedVersion(f, testVersionName)
+		f.atFirst(isPatch, func() { f.SetMetadata(objectName(extMod), marked(time.Now().Add(ago/2), "a")) })
+		requireExists(t, s, testVersion, true)
+		require.Equal(t, []string{"list", "patch", "list", "patch"}, logged(f))
 	})
 }
 
 // The answer to the request that finishes a version may be lost.
 func TestExistsFaults(t *testing.T) {
-	for _, op := range []string{"list", "patch"} {
+	for n, op := range []string{"list", "patch"} {
 		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					v := ModuleVersion{"m", "v1.0.0"}
-					unfinishedVersion(f, v)
-					first := true
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.Op == op && first {
-							first = false
-							return fault
-						}
-						return fakegcs.NoFault
-					})
-					ok, err := s.Exists(t.Context(), v.Module, v.Version)
-					require.NoError(t, err)
-					require.True(t, ok)
-					require.Empty(t, f.Get(v.object(extMod)).Metadata)
+					unfinishedVersion(f, testVersionName)
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
+					requireExists(t, s, testVersion, true)
+					require.Equal(t, op, f.Log()[n].Op)
+					require.Empty(t, f.Get(objectName(extMod)).Metadata)
 				})
 			})
 		}
@@ -275,82 +238,47 @@ func TestExistsFaults(t *testing.T) {
 // and again.
 func TestExistsRefusedForAnotherReason(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		v := ModuleVersion{"m", "v1.0.0"}
-		unfinishedVersion(f, v)
+		unfinishedVersion(f, testVersionName)
 		s := behind(f, func(r *http.Request) *http.Response {
 			if r.Method == http.MethodPatch {
 				return answer(http.StatusPreconditionFailed, "Public access prevention is enforced.")
 			}
 			return nil
 		})
-		_, err := s.Exists(t.Context(), v.Module, v.Version)
-		requireError(t, err, KindUnexpected, "gcs.Exists", v.Module, v.Version)
+		_, err := s.Exists(t.Context(), testModule, testVersion)
+		requireError(t, err, KindUnexpected, "gcs.Exists", testModule, testVersion)
 		require.Contains(t, err.Error(), "Public access prevention")
 	})
 }
 
-func TestExistsErrors(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		ok, err := s.Exists(ctx, "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Hung })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		ok, err = s.Exists(ctx, "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindGatewayTimeout, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.list")
-		ok, err = s.Exists(t.Context(), "m", "v1.0.0")
-		require.False(t, ok)
-		requireError(t, err, KindUnexpected, "gcs.Exists", "m", "v1.0.0")
-		require.ErrorContains(t, err, "storage.objects.list")
-		require.ErrorContains(t, err, "roles/storage.objectUser")
-	})
+// takeOver replaces the .mod of a version that lacks its .zip, and stores a .zip.
+func takeOver(f *fakeGCS, vers string) {
+	v := ModuleVersion{testModule, vers}
+	gen := f.Put(v.object(extMod), []byte("other"), marked(time.Now(), "b"))
+	f.Put(v.object(extZip), []byte("other"), map[string]string{keySaveID: "b", keyGeneration: formatGeneration(gen)})
 }
 
 // The objects of other versions may lie between those of one, by the thousand.
 func TestExistsAmongManyOthers(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for i := range 1200 {
-			f.Put(fmt.Sprintf("m/@v/v1.n%04d.info", i), nil, nil)
+			storeFiles(f, testModule, fmt.Sprintf("v1.n%04d", i), extInfo)
 		}
-		storeFiles(f, "m", "v1", extInfo, extMod)
-		ok, err := s.Exists(t.Context(), "m", "v1")
-		require.NoError(t, err)
-		require.False(t, ok)
-		storeFiles(f, "m", "v1", extZip)
-		ok, err = s.Exists(t.Context(), "m", "v1")
-		require.NoError(t, err)
-		require.True(t, ok)
+		storeFiles(f, testModule, "v1", extInfo, extMod)
+		requireExists(t, s, "v1", false)
+		storeFiles(f, testModule, "v1", extZip)
+		requireExists(t, s, "v1", true)
 
 		// A list of several pages is no snapshot: here the version is partial
 		// while the first is read, which ends before the .zip, and another save
 		// has begun when the second is.
-		f.Remove("m/@v/v1.zip")
-		lists := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "list" {
-				if lists++; lists == 2 {
-					gen := f.Put("m/@v/v1.mod", []byte("other"), marked(time.Now(), "b"))
-					f.Put("m/@v/v1.zip", []byte("other"), map[string]string{keySaveID: "b", keyGeneration: formatGeneration(gen)})
-				}
-			}
-			return fakegcs.NoFault
-		})
-		ok, err = s.Exists(t.Context(), "m", "v1")
-		require.NoError(t, err)
-		require.False(t, ok)
-		require.Equal(t, 4, lists) // and again, since the .zip names another .mod
+		f.Remove(testModule + "/@v/v1.zip")
+		f.ResetLog()
+		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, "v1") })
+		requireExists(t, s, "v1", false)
+		require.NotNil(t, f.Get(testModule+"/@v/v1.zip"))
+		// And again, since the .zip names another .mod.
+		require.Equal(t, []string{"list", "list", "list", "list"}, logged(f))
 	})
 }
 
@@ -358,23 +286,12 @@ func TestExistsAmongManyOthers(t *testing.T) {
 func TestExistsAcrossShortPages(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
 		s := behind(f, pageBy("2"))
-		storeFiles(f, "m", "v1.0.0", extInfo, extMod)
-		lists := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "list" {
-				if lists++; lists == 2 {
-					gen := f.Put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
-					f.Put("m/@v/v1.0.0.zip", []byte("other"), map[string]string{keySaveID: "b", keyGeneration: formatGeneration(gen)})
-				}
-			}
-			return fakegcs.NoFault
-		})
+		storeFiles(f, testModule, testVersion, extInfo, extMod)
 		// The version is partial while it is read first, then a save begins that
 		// never ends.
-		storeFiles(f, "m", "v1.0.0.x", extInfo)
-		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.False(t, ok)
+		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, testVersion) })
+		storeFiles(f, testModule, testVersion+".x", extInfo)
+		requireExists(t, s, testVersion, false)
 	})
 }
 

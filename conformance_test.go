@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -61,7 +62,7 @@ var rows = []row{
 	{"metadata", false, (*bench).metadata},
 	{"lifecycle", false, (*bench).lifecycle},
 	{"zips", false, (*bench).zips},
-	{"zip of 18 MiB", false, (*bench).hugeZip},
+	{"zip of two default chunks", false, (*bench).hugeZip},
 	{"failing readers", false, (*bench).failure},
 	{"contexts", false, (*bench).contexts},
 	{"leftovers/save", false, (*bench).leftoversSave},
@@ -85,7 +86,13 @@ func (c column) run(t *testing.T) {
 	}
 	if !c.virtual {
 		s := c.start(t)
-		on = func(t *testing.T, test func(t *testing.T, s server)) { test(t, s) }
+		on = func(t *testing.T, test func(t *testing.T, s server)) {
+			s := s
+			if s.bucket == "" {
+				s.bucket = makeBucket(t, s.client)
+			}
+			test(t, s)
+		}
 	}
 	root := "gcs-test-" + rand.Text() + "/"
 	t.Run("abilities", func(t *testing.T) {
@@ -106,31 +113,42 @@ func (c column) run(t *testing.T) {
 			require.Len(t, lacks, len(c.lacks), "the server does what the table says it does not: %v", c.lacks)
 		})
 	})
-	for _, prefixed := range []bool{false, true} {
-		name := map[bool]string{false: "plain", true: "prefix"}[prefixed]
+	for _, name := range []string{"plain", "prefix"} {
 		t.Run(name, func(t *testing.T) {
+			// More rows run at once than t.Parallel allows, for they mostly wait.
+			var group errgroup.Group
+			group.SetLimit(8)
 			for _, r := range rows {
-				t.Run(r.name, func(t *testing.T) {
-					if !r.alone {
-						t.Parallel()
-					}
-					on(t, func(t *testing.T, s server) {
-						// The names of all objects are the same in both cases.
-						ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute+10*c.threshold)
-						defer cancel()
-						b := &bench{column: c, server: s, ctx: ctx, root: root + name + "/" + r.name + "/", module: "example.com/m"}
-						if prefixed {
-							b.opts = []Option{WithPrefix(b.root)}
-						} else {
-							b.module = b.root + b.module
-						}
-						defer b.clean(t)
-						r.run(b, t)
+				run := func() error {
+					t.Run(r.name, func(t *testing.T) {
+						on(t, func(t *testing.T, s server) { c.runRow(t, s, r, root+name+"/"+r.name+"/", name == "prefix") })
 					})
-				})
+					return nil
+				}
+				if r.alone {
+					run()
+				} else {
+					group.Go(run)
+				}
 			}
+			group.Wait()
 		})
 	}
+}
+
+// runRow runs a row below that root. The names of all objects are the same with a
+// prefix and without.
+func (c column) runRow(t *testing.T, s server, r row, root string, prefixed bool) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute+10*c.threshold)
+	defer cancel()
+	b := &bench{column: c, server: s, ctx: ctx, root: root, module: "example.com/m"}
+	if prefixed {
+		b.opts = []Option{WithPrefix(b.root)}
+	} else {
+		b.module = b.root + b.module
+	}
+	defer b.clean(t)
+	r.run(b, t)
 }
 
 // A bench is what a row works with.
@@ -235,15 +253,19 @@ func (b *bench) requireSaved(t *testing.T, vers, who string) {
 	}
 }
 
+func (b *bench) requireExists(t *testing.T, vers string, want bool) {
+	t.Helper()
+	ok, err := b.patient().Exists(b.ctx, b.module, vers)
+	require.NoError(t, err, vers)
+	require.Equal(t, want, ok, vers)
+}
+
 // requireFiles checks that the version exists, with that content.
 func (b *bench) requireFiles(t *testing.T, vers, info, mod, zip string) {
 	t.Helper()
-	s := b.patient()
-	ok, err := s.Exists(b.ctx, b.module, vers)
-	require.NoError(t, err, vers)
-	require.True(t, ok, vers)
+	b.requireExists(t, vers, true)
 	for op, want := range map[string]string{"Info": info, "GoMod": mod, "Zip": zip} {
-		content, err := readers[op](b.ctx, s, b.module, vers)
+		content, err := readers[op](b.ctx, b.patient(), b.module, vers)
 		require.NoError(t, err, vers)
 		require.Equal(t, want, content, vers)
 	}
@@ -394,9 +416,7 @@ func (b *bench) lifecycle(t *testing.T) {
 			require.True(t, Is(call(t, s, b.module, "v1.0.0"), KindNotFound), op)
 		}
 	}
-	ok, err := s.Exists(b.ctx, b.module, "v1.0.0")
-	require.NoError(t, err)
-	require.False(t, ok)
+	b.requireExists(t, "v1.0.0", false)
 	requireList(t, s, b.module)
 
 	require.NoError(t, b.save(b.ctx, s, "v1.0.0", "first"))
@@ -429,7 +449,7 @@ func (b *bench) zips(t *testing.T) {
 
 func (b *bench) hugeZip(t *testing.T) {
 	if !b.prefixed() {
-		b.zip(t, "v1.0", 18<<20, true)
+		b.zip(t, "v1.0", defaultChunkSize+1, true)
 	}
 }
 
@@ -445,9 +465,7 @@ func (b *bench) zip(t *testing.T, vers string, size int, seekable bool, opts ...
 	}
 	right, wrong := md5.Sum(zip), md5.Sum([]byte("another zip"))
 	requireError(t, save(vers+".0", wrong[:]), KindBadRequest, "gcs.Save", b.module, vers+".0")
-	ok, err := s.Exists(b.ctx, b.module, vers+".0")
-	require.NoError(t, err)
-	require.False(t, ok)
+	b.requireExists(t, vers+".0", false)
 	b.pause()
 	require.NoError(t, save(vers+".0", right[:]))
 	saved := []string{vers + ".0"}
@@ -464,9 +482,7 @@ func (b *bench) zip(t *testing.T, vers string, size int, seekable bool, opts ...
 		require.NoError(t, err)
 		require.NoError(t, r.Close())
 		require.True(t, bytes.Equal(zip, got))
-		ok, err := s.Exists(b.ctx, b.module, vers)
-		require.NoError(t, err)
-		require.True(t, ok)
+		b.requireExists(t, vers, true)
 	}
 }
 
@@ -480,9 +496,7 @@ func (b *bench) failure(t *testing.T) {
 			Save(b.ctx, b.module, vers, []byte("mod"), brokenAfter(size, broken), nil, []byte("info"))
 		requireError(t, err, KindUnexpected, "gcs.Save", b.module, vers)
 		require.ErrorIs(t, err, broken)
-		ok, err := s.Exists(b.ctx, b.module, vers)
-		require.NoError(t, err)
-		require.False(t, ok)
+		b.requireExists(t, vers, false)
 		b.pause()
 		require.NoError(t, b.save(b.ctx, s, vers, "next"))
 		b.requireSaved(t, vers, "next")
@@ -491,7 +505,7 @@ func (b *bench) failure(t *testing.T) {
 
 // brokenAfter is a reader that fails after so many bytes.
 func brokenAfter(size int64, err error) io.Reader {
-	return io.MultiReader(io.LimitReader(zeros{}, size), failing{err})
+	return io.MultiReader(io.LimitReader(zeros{}, size), iotest.ErrReader(err))
 }
 
 type zeros struct{}
@@ -500,10 +514,6 @@ func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
 }
-
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // contexts: a call whose context has ended says so, and changes nothing. A save
 // whose context ends while it reads the zip leaves no version.
@@ -532,9 +542,7 @@ func (b *bench) contexts(t *testing.T) {
 		err := b.storage(WithStaleThreshold(patience), WithChunkSize(256<<10)).Save(ctx, b.module, vers, []byte("mod"), zip, nil, []byte("info"))
 		requireError(t, err, KindUnexpected, "gcs.Save", b.module, vers)
 		require.ErrorIs(t, err, context.Canceled)
-		ok, err := s.Exists(b.ctx, b.module, vers)
-		require.NoError(t, err)
-		require.False(t, ok)
+		b.requireExists(t, vers, false)
 		b.pause()
 		require.NoError(t, b.save(b.ctx, s, vers, "next"))
 		b.requireSaved(t, vers, "next")
@@ -860,9 +868,7 @@ func (b *bench) fresh(t *testing.T) {
 	s := b.impatient()
 	start := time.Now()
 	b.mustPut(t, b.object("v1.0.0", "mod"), markedAt(start, "a"))
-	ok, err := b.patient().Exists(b.ctx, b.module, "v1.0.0")
-	require.NoError(t, err)
-	require.False(t, ok)
+	b.requireExists(t, "v1.0.0", false)
 	require.NoError(t, b.save(b.ctx, s, "v1.0.0", "next"))
 	require.GreaterOrEqual(t, time.Since(start), b.threshold)
 	b.requireSaved(t, "v1.0.0", "next")
@@ -870,7 +876,7 @@ func (b *bench) fresh(t *testing.T) {
 	ctx, cancel := context.WithTimeout(b.ctx, b.threshold/4)
 	defer cancel()
 	b.mustPut(t, b.object("v2.0.0", "mod"), markedAt(time.Now(), "a"))
-	err = b.save(ctx, b.patient(), "v2.0.0", "impatient")
+	err := b.save(ctx, b.patient(), "v2.0.0", "impatient")
 	requireError(t, err, KindGatewayTimeout, "gcs.Save", b.module, "v2.0.0")
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 }
@@ -987,18 +993,13 @@ func (b *bench) singleFlight(t *testing.T) {
 	}
 	require.NoError(t, g.Wait())
 	require.EqualValues(t, 1, fetches.Load())
-	ok, err := b.patient().Exists(b.ctx, b.module, "v1.0.0")
-	require.NoError(t, err)
-	require.True(t, ok)
+	b.requireExists(t, "v1.0.0", true)
 
 	none := &Error{Op: "fetch", Kind: KindNotFound, Err: errors.New("no such version")}
-	_, err = b.patient().SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
-		return "", none
-	})).Stash(b.ctx, b.module, "v2.0.0")
+	_, err := b.patient().SingleFlight(answering("", none)).Stash(b.ctx, b.module, "v2.0.0")
 	require.ErrorIs(t, err, none)
-	got, err := b.patient().SingleFlight(stashFunc(func(_ context.Context, module, _ string) (string, error) {
-		return "", &Error{Op: "save", Kind: KindAlreadyExists, Module: module, Version: "v3.0.0", Err: errors.New("it is there")}
-	})).Stash(b.ctx, b.module, "latest")
+	exists := &Error{Op: "save", Kind: KindAlreadyExists, Module: b.module, Version: "v3.0.0", Err: errors.New("it is there")}
+	got, err := b.patient().SingleFlight(answering("", exists)).Stash(b.ctx, b.module, "latest")
 	require.NoError(t, err)
 	require.Equal(t, "v3.0.0", got)
 	require.Len(t, b.list(t), 3, "a claim is left")

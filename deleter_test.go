@@ -19,7 +19,10 @@ func TestDeleteSubsets(t *testing.T) {
 		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(time.Now(), "a")} {
 			t.Run(fmt.Sprintf("%03b, %v", subset, mark), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					neighbours := []ModuleVersion{{"m", "v1.0.0-rc.1"}, {"m", "v1.0.0.1"}, {"m", "v1.0"}, {"m", "v1.0.0.info"}, {"m/v2", "v1.0.0"}, {"m-other", "v1.0.0"}}
+					neighbours := []ModuleVersion{
+						{testModule, "v1.0.0-rc.1"}, {testModule, "v1.0.0.1"}, {testModule, "v1.0"}, {testModule, "v1.0.0.info"},
+						{testModule + "/v2", testVersion}, {testModule + "-other", testVersion},
+					}
 					for _, v := range neighbours {
 						storeVersion(f, v.Module, v.Version)
 					}
@@ -27,17 +30,17 @@ func TestDeleteSubsets(t *testing.T) {
 					objects := 0
 					for bit, ext := range []string{extInfo, extMod, extZip} {
 						if subset&(1<<bit) != 0 {
-							storeFiles(f, "m", "v1.0.0", ext)
+							storeFiles(f, testModule, testVersion, ext)
 							objects++
 						}
 					}
 					if mark != nil && subset&2 != 0 {
-						f.SetMetadata("m/@v/v1.0.0.mod", mark)
+						f.SetMetadata(objectName(extMod), mark)
 					}
 					f.SetLatency(100 * time.Millisecond)
-					err := s.Delete(t.Context(), "m", "v1.0.0")
+					err := s.Delete(t.Context(), testModule, testVersion)
 					if objects == 0 {
-						requireError(t, err, KindNotFound, "gcs.Delete", "m", "v1.0.0")
+						requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
 					} else {
 						require.NoError(t, err)
 					}
@@ -50,17 +53,14 @@ func TestDeleteSubsets(t *testing.T) {
 					}
 					require.Len(t, log, requests)
 					require.LessOrEqual(t, fakegcs.SerialTrips(log), 3)
-					for _, r := range log {
-						if r.Op == "delete" && r.Object == "m/@v/v1.0.0.mod" {
-							continue
-						}
-						for _, mod := range log {
-							if mod.Op == "delete" && mod.Object == "m/@v/v1.0.0.mod" && r.Op == "delete" {
-								require.False(t, r.Start.Before(mod.End), "%v before the end of %v", r, mod)
-							}
+					deletes := slices.DeleteFunc(log, func(r fakegcs.Request) bool { return r.Op != "delete" })
+					if subset&2 != 0 {
+						require.Equal(t, objectName(extMod), deletes[0].Object)
+						for _, r := range deletes[1:] {
+							require.False(t, r.Start.Before(deletes[0].End), "%v before the end of %v", r, deletes[0])
 						}
 					}
-					requireError(t, s.Delete(t.Context(), "m", "v1.0.0"), KindNotFound, "gcs.Delete", "m", "v1.0.0")
+					requireError(t, s.Delete(t.Context(), testModule, testVersion), KindNotFound, "gcs.Delete", testModule, testVersion)
 				})
 			})
 		}
@@ -73,9 +73,9 @@ func TestDeleteFaults(t *testing.T) {
 		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprintf("request %d %v", n, fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					storeVersion(f, "m", "v1.0.0")
+					storeVersion(f, testModule, testVersion)
 					f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
-					require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+					require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 					require.Empty(t, f.Names())
 				})
 			})
@@ -91,33 +91,27 @@ func TestDeleteCrashes(t *testing.T) {
 			for _, next := range []string{"Save", "Delete"} {
 				t.Run(fmt.Sprintf("request %d %v, then %s", n, fault, next), func(t *testing.T) {
 					withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-						require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0"))
+						require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 						doomed := f.Machine("doomed")
 						f.fault(fault, func(r *fakegcs.Request) bool { return r.Machine == "doomed" && r.MachineN == n })
-						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-						defer cancel()
-						err := newStorage(doomed.Bucket).Delete(ctx, "m", "v1.0.0")
-						requireError(t, err, KindGatewayTimeout, "gcs.Delete", "m", "v1.0.0")
+						err := newStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
+						requireError(t, err, KindGatewayTimeout, "gcs.Delete", testModule, testVersion)
 
 						// The second request deletes the .mod.
 						begun := n > 1 || n == 1 && fault == fakegcs.CrashAfter
-						ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-						require.NoError(t, err)
-						require.Equal(t, !begun, ok)
+						requireExists(t, s, testVersion, !begun)
 
 						left := len(f.Names())
-						err = calls[next](t, s, "m", "v1.0.0")
+						err = calls[next](t, s, testModule, testVersion)
 						switch {
 						case next == "Save" && !begun:
-							requireError(t, err, KindAlreadyExists, "gcs.Save", "m", "v1.0.0")
+							requireError(t, err, KindAlreadyExists, "gcs.Save", testModule, testVersion)
 						case next == "Delete" && left == 0:
-							requireError(t, err, KindNotFound, "gcs.Delete", "m", "v1.0.0")
+							requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
 						default:
 							require.NoError(t, err)
 						}
-						ok, err = s.Exists(t.Context(), "m", "v1.0.0")
-						require.NoError(t, err)
-						require.Equal(t, next == "Save", ok)
+						requireExists(t, s, testVersion, next == "Save")
 						if next == "Delete" {
 							require.Empty(t, f.Names())
 						}
@@ -134,14 +128,14 @@ func TestDeleteTwice(t *testing.T) {
 	for offset := range 14 {
 		t.Run(fmt.Sprint(offset), func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeVersion(f, "m", "v1.0.0")
+				storeVersion(f, testModule, testVersion)
 				f.SetLatency(100 * time.Millisecond)
 				var wg sync.WaitGroup
 				errs := make([]error, 2)
-				wg.Go(func() { errs[0] = s.Delete(t.Context(), "m", "v1.0.0") })
+				wg.Go(func() { errs[0] = s.Delete(t.Context(), testModule, testVersion) })
 				wg.Go(func() {
 					time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-					errs[1] = f.storage("second").Delete(t.Context(), "m", "v1.0.0")
+					errs[1] = f.storage("second").Delete(t.Context(), testModule, testVersion)
 				})
 				wg.Wait()
 				require.Contains(t, errs, nil)
@@ -162,20 +156,20 @@ func TestDeleteDuringSave(t *testing.T) {
 			t.Run(fmt.Sprint(offset, leftovers), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					if leftovers {
-						storeFiles(f, "m", "v1.0.0", extInfo, extZip)
+						storeFiles(f, testModule, testVersion, extInfo, extZip)
 					}
 					f.SetLatency(100 * time.Millisecond)
 					var wg sync.WaitGroup
 					var saveErr, deleteErr error
 					var saved, deleted time.Time
 					wg.Go(func() {
-						saveErr = saveVersion(t.Context(), s, "m", "v1.0.0")
+						saveErr = saveVersion(t.Context(), s, testModule, testVersion)
 						saved = time.Now()
 					})
 					started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
 					wg.Go(func() {
 						time.Sleep(time.Until(started))
-						deleteErr = f.storage("deleter").Delete(t.Context(), "m", "v1.0.0")
+						deleteErr = f.storage("deleter").Delete(t.Context(), testModule, testVersion)
 						deleted = time.Now()
 					})
 					wg.Wait()
@@ -183,7 +177,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					require.NoError(t, saveErr, "a save whose version is deleted starts over")
 					require.True(t, deleteErr == nil || Is(deleteErr, KindNotFound), "%v", deleteErr)
 					f.SetLatency(0)
-					ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+					ok, err := s.Exists(t.Context(), testModule, testVersion)
 					require.NoError(t, err)
 					switch {
 					case deleted.Before(saved):
@@ -192,11 +186,11 @@ func TestDeleteDuringSave(t *testing.T) {
 						require.False(t, ok, "the delete began after the save")
 					}
 					if !ok {
-						require.Nil(t, f.Get("m/@v/v1.0.0.mod"))
-						require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0"))
+						require.Nil(t, f.Get(objectName(extMod)))
+						require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 					}
 					for op, read := range readers {
-						content, err := read(t.Context(), s, "m", "v1.0.0")
+						content, err := read(t.Context(), s, testModule, testVersion)
 						require.NoError(t, err)
 						require.Equal(t, extOf[op]+" of v1.0.0", content)
 					}
@@ -210,17 +204,11 @@ func TestDeleteDuringSave(t *testing.T) {
 // the version over: that one is deleted instead.
 func TestDeleteTakenOver(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		deletes := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "delete" {
-				if deletes++; deletes == 1 {
-					f.Put("m/@v/v1.0.0.mod", []byte("other"), marked(time.Now(), "b"))
-				}
-			}
-			return fakegcs.NoFault
+		storeVersion(f, testModule, testVersion)
+		f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "delete" }, func() {
+			f.Put(objectName(extMod), []byte("other"), marked(time.Now(), "b"))
 		})
-		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
 }
@@ -228,21 +216,16 @@ func TestDeleteTakenOver(t *testing.T) {
 // Once the .mod is gone, a new save may begin. What it stores is not deleted.
 func TestDeleteSparesSuccessor(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		saver := f.storage("saver")
-		var once sync.Once
+		storeVersion(f, testModule, testVersion)
 		saved := false
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine == "m" && r.Op == "delete" && r.Object != "m/@v/v1.0.0.mod" {
-				once.Do(func() { saved = saveVersion(t.Context(), saver, "m", "v1.0.0") == nil })
-			}
-			return fakegcs.NoFault
+		f.atFirst(func(r *fakegcs.Request) bool {
+			return r.Machine == "m" && r.Op == "delete" && r.Object != objectName(extMod)
+		}, func() {
+			saved = saveVersion(t.Context(), f.storage("saver"), testModule, testVersion) == nil
 		})
-		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.True(t, saved)
-		ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.True(t, ok)
+		requireExists(t, s, testVersion, true)
 	})
 }
 
@@ -250,22 +233,18 @@ func TestDeleteSparesSuccessor(t *testing.T) {
 // a stale one is left to the next flight, and to Repair.
 func TestDeleteBesideClaim(t *testing.T) {
 	for _, files := range [][]string{nil, {extZip}, {extInfo, extMod, extZip}} {
-		for _, fresh := range []bool{false, true} {
-			t.Run(fmt.Sprint(files, fresh), func(t *testing.T) {
+		for _, age := range []time.Duration{ago, 0} {
+			t.Run(fmt.Sprint(files, age), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					claim := marked(time.Now().Add(ago), "a")
-					if fresh {
-						claim = marked(time.Now(), "a")
-					}
-					f.Put("m/@v/v1.0.0.lock", nil, claim)
-					storeFiles(f, "m", "v1.0.0", files...)
-					err := s.Delete(t.Context(), "m", "v1.0.0")
+					f.Put(objectName(extClaim), nil, marked(time.Now().Add(age), "a"))
+					storeFiles(f, testModule, testVersion, files...)
+					err := s.Delete(t.Context(), testModule, testVersion)
 					if files == nil {
-						requireError(t, err, KindNotFound, "gcs.Delete", "m", "v1.0.0")
+						requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
 					} else {
 						require.NoError(t, err)
 					}
-					require.Equal(t, []string{"m/@v/v1.0.0.lock"}, f.Names())
+					require.Equal(t, []string{objectName(extClaim)}, f.Names())
 				})
 			})
 		}
@@ -274,19 +253,19 @@ func TestDeleteBesideClaim(t *testing.T) {
 
 func TestDeletePermissions(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
+		storeVersion(f, testModule, testVersion)
 		names := f.Names()
 		f.Deny("storage.objects.delete")
-		err := s.Delete(t.Context(), "m", "v1.0.0")
-		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
+		err := s.Delete(t.Context(), testModule, testVersion)
+		requireError(t, err, KindUnexpected, "gcs.Delete", testModule, testVersion)
 		require.ErrorContains(t, err, "storage.objects.delete")
 		require.ErrorContains(t, err, "roles/storage.objectUser")
 		require.Equal(t, names, f.Names())
 		f.Allow("storage.objects.delete")
 
 		f.Retain(true)
-		err = s.Delete(t.Context(), "m", "v1.0.0")
-		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
+		err = s.Delete(t.Context(), testModule, testVersion)
+		requireError(t, err, KindUnexpected, "gcs.Delete", testModule, testVersion)
 		require.ErrorContains(t, err, "retention policy")
 		require.NotContains(t, err.Error(), "roles/", "no role helps")
 		require.Equal(t, names, f.Names())
@@ -295,17 +274,17 @@ func TestDeletePermissions(t *testing.T) {
 
 func TestDeleteContext(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
+		storeVersion(f, testModule, testVersion)
 		ctx, cancel := context.WithCancel(t.Context())
 		f.onAnswer(func(r *fakegcs.Request) {
 			if r.Op == "list" {
 				cancel()
 			}
 		})
-		err := s.Delete(ctx, "m", "v1.0.0")
-		requireError(t, err, KindUnexpected, "gcs.Delete", "m", "v1.0.0")
+		err := s.Delete(ctx, testModule, testVersion)
+		requireError(t, err, KindUnexpected, "gcs.Delete", testModule, testVersion)
 		require.ErrorIs(t, err, context.Canceled)
 		require.Len(t, f.Names(), 3)
-		require.False(t, slices.Contains(logged(f)[1:], "list"))
+		require.NotContains(t, logged(f)[1:], "list")
 	})
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -91,55 +90,49 @@ func asAPI(t *testing.T, code codes.Code) error {
 }
 
 func TestErrorsOfBothTransports(t *testing.T) {
-	type predicate struct {
-		name string
-		is   func(error) bool
+	predicates := map[string]func(error) bool{
+		"refused": isRefused, "forbidden": isForbidden, "absent": isAbsent, "transient": isTransient,
 	}
-	refused := predicate{"refused", isRefused}
-	forbidden := predicate{"forbidden", isForbidden}
-	absent := predicate{"absent", isAbsent}
-	transient := predicate{"transient", isTransient}
 	for _, tc := range []struct {
 		name string
 		err  error
-		kind int // that fail makes of it
-		is   []predicate
+		kind int    // that fail makes of it
+		is   string // the only predicate that holds, if any
 	}{
-		{"HTTP 412", asGoogle(412, ""), KindUnexpected, []predicate{refused}},
-		{"bare FailedPrecondition", asStatus(codes.FailedPrecondition), KindUnexpected, []predicate{refused}},
-		{"FailedPrecondition", asAPI(t, codes.FailedPrecondition), KindUnexpected, []predicate{refused}},
-		{"HTTP 429", asGoogle(429, ""), KindRateLimit, []predicate{transient}},
-		{"bare ResourceExhausted", asStatus(codes.ResourceExhausted), KindRateLimit, []predicate{transient}},
-		{"ResourceExhausted", asAPI(t, codes.ResourceExhausted), KindRateLimit, []predicate{transient}},
-		{"HTTP 403", asGoogle(403, ""), KindUnexpected, []predicate{forbidden}},
-		{"PermissionDenied", asAPI(t, codes.PermissionDenied), KindUnexpected, []predicate{forbidden}},
-		{"bare PermissionDenied", asStatus(codes.PermissionDenied), KindUnexpected, []predicate{forbidden}},
-		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindNotFound, []predicate{absent}},
-		{"HTTP 401", asGoogle(401, ""), KindUnexpected, nil},
-		{"HTTP 400", asGoogle(400, ""), KindUnexpected, nil},
-		{"InvalidArgument", asAPI(t, codes.InvalidArgument), KindUnexpected, nil},
-		{"HTTP 503", asGoogle(503, ""), KindUnexpected, []predicate{transient}},
-		{"HTTP 501", asGoogle(501, ""), KindUnexpected, nil},
-		{"Unimplemented", asAPI(t, codes.Unimplemented), KindUnexpected, nil},
-		{"HTTP 500", asGoogle(500, ""), KindUnexpected, []predicate{transient}},
-		{"HTTP 408", asGoogle(408, ""), KindUnexpected, []predicate{transient}},
-		{"HTTP 409", asGoogle(409, ""), KindUnexpected, []predicate{transient}},
-		{"Unavailable", asAPI(t, codes.Unavailable), KindUnexpected, []predicate{transient}},
-		{"bare Unavailable", asStatus(codes.Unavailable), KindUnexpected, []predicate{transient}},
-		{"Internal", asAPI(t, codes.Internal), KindUnexpected, []predicate{transient}},
-		{"Aborted", asAPI(t, codes.Aborted), KindUnexpected, []predicate{transient}},
-		{"EOF", io.EOF, KindUnexpected, []predicate{transient}},
-		{"EOF of a request", fmt.Errorf("Post: %w", io.EOF), KindUnexpected, []predicate{transient}},
-		{"unexpected EOF", io.ErrUnexpectedEOF, KindUnexpected, []predicate{transient}},
-		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, KindUnexpected, []predicate{transient}},
-		{"half an answer", fmt.Errorf("decoding: %w", json.Unmarshal([]byte("{"), new(any))), KindUnexpected, []predicate{transient}},
-		{"something else", errors.New("something else"), KindUnexpected, nil},
-		{"cancelled", context.Canceled, KindUnexpected, nil},
+		{"HTTP 412", asGoogle(412, ""), KindUnexpected, "refused"},
+		{"bare FailedPrecondition", asStatus(codes.FailedPrecondition), KindUnexpected, "refused"},
+		{"FailedPrecondition", asAPI(t, codes.FailedPrecondition), KindUnexpected, "refused"},
+		{"HTTP 429", asGoogle(429, ""), KindRateLimit, "transient"},
+		{"bare ResourceExhausted", asStatus(codes.ResourceExhausted), KindRateLimit, "transient"},
+		{"ResourceExhausted", asAPI(t, codes.ResourceExhausted), KindRateLimit, "transient"},
+		{"HTTP 403", asGoogle(403, ""), KindUnexpected, "forbidden"},
+		{"PermissionDenied", asAPI(t, codes.PermissionDenied), KindUnexpected, "forbidden"},
+		{"bare PermissionDenied", asStatus(codes.PermissionDenied), KindUnexpected, "forbidden"},
+		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindNotFound, "absent"},
+		{"HTTP 401", asGoogle(401, ""), KindUnexpected, ""},
+		{"HTTP 400", asGoogle(400, ""), KindUnexpected, ""},
+		{"InvalidArgument", asAPI(t, codes.InvalidArgument), KindUnexpected, ""},
+		{"HTTP 503", asGoogle(503, ""), KindUnexpected, "transient"},
+		{"HTTP 501", asGoogle(501, ""), KindUnexpected, ""},
+		{"Unimplemented", asAPI(t, codes.Unimplemented), KindUnexpected, ""},
+		{"HTTP 500", asGoogle(500, ""), KindUnexpected, "transient"},
+		{"HTTP 408", asGoogle(408, ""), KindUnexpected, "transient"},
+		{"HTTP 409", asGoogle(409, ""), KindUnexpected, "transient"},
+		{"Unavailable", asAPI(t, codes.Unavailable), KindUnexpected, "transient"},
+		{"bare Unavailable", asStatus(codes.Unavailable), KindUnexpected, "transient"},
+		{"Internal", asAPI(t, codes.Internal), KindUnexpected, "transient"},
+		{"Aborted", asAPI(t, codes.Aborted), KindUnexpected, "transient"},
+		{"EOF", io.EOF, KindUnexpected, "transient"},
+		{"EOF of a request", fmt.Errorf("Post: %w", io.EOF), KindUnexpected, "transient"},
+		{"unexpected EOF", io.ErrUnexpectedEOF, KindUnexpected, "transient"},
+		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, KindUnexpected, "transient"},
+		{"half an answer", fmt.Errorf("decoding: %w", json.Unmarshal([]byte("{"), new(any))), KindUnexpected, "transient"},
+		{"something else", errors.New("something else"), KindUnexpected, ""},
+		{"cancelled", context.Canceled, KindUnexpected, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			for _, p := range []predicate{refused, forbidden, absent, transient} {
-				want := slices.ContainsFunc(tc.is, func(q predicate) bool { return q.name == p.name })
-				require.Equal(t, want, p.is(tc.err), p.name)
+			for name, is := range predicates {
+				require.Equal(t, name == tc.is, is(tc.err), name)
 			}
 			err := fail(t.Context(), "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
 			requireError(t, err, tc.kind, "gcs.Save", "m", "v1.0.0")
@@ -161,8 +154,8 @@ func TestErrorsOfBothTransports(t *testing.T) {
 			require.ErrorIs(t, err, tc.err)
 		})
 	}
-	for _, p := range []predicate{refused, forbidden, absent, transient} {
-		require.False(t, p.is(nil), p.name)
+	for name, is := range predicates {
+		require.False(t, is(nil), name)
 	}
 	require.NoError(t, fail(t.Context(), "Save", ModuleVersion{}, nil))
 }

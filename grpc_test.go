@@ -3,6 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -11,7 +12,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
@@ -33,17 +33,6 @@ func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 			})
 		})
 	}
-}
-
-func TestNotFoundOverBoth(t *testing.T) {
-	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		for op, read := range readers {
-			_, err := read(t.Context(), s, "m", "v1.0.0")
-			requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
-			require.ErrorIs(t, err, storage.ErrObjectNotExist)
-		}
-		requireError(t, s.Delete(t.Context(), "m", "v1.0.0"), KindNotFound, "gcs.Delete", "m", "v1.0.0")
-	})
 }
 
 // A version that somebody else finishes, or deletes and saves again, at the very
@@ -107,10 +96,13 @@ func TestForbiddenOverBoth(t *testing.T) {
 			"storage.objects.create": func() error { return saveVersion(t.Context(), s, "m", "v3.0.0") },
 			"storage.objects.delete": func() error { return s.Delete(t.Context(), "m", "v1.0.0") },
 			"storage.objects.get":    func() error { _, err := s.Info(t.Context(), "m", "v1.0.0"); return err },
-			"storage.objects.list":   func() error { _, err := s.List(t.Context(), "m"); return err },
-			"storage.objects.update": func() error {
-				_, err := s.Repair(t.Context(), "m", "v2.0.0")
-				return err
+			"storage.objects.update": func() error { _, err := s.Repair(t.Context(), "m", "v2.0.0"); return err },
+			"storage.objects.list": func() error {
+				ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+				require.False(t, ok)
+				versions, listErr := s.List(t.Context(), "m")
+				require.Nil(t, versions)
+				return errors.Join(err, listErr)
 			},
 		} {
 			f.Deny(permission)
@@ -152,6 +144,47 @@ func eachCall(s *Storage, m string) map[string]func(ctx context.Context) error {
 			}
 			return nil
 		},
+	}
+}
+
+// The error of a call that reads says which call of what version it was, and what
+// went wrong.
+func TestReadErrors(t *testing.T) {
+	for op, test := range map[string]struct {
+		on         ModuleVersion
+		permission string
+	}{
+		"Exists":  {ModuleVersion{"m", "v1.0.0"}, "storage.objects.list"},
+		"Info":    {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
+		"GoMod":   {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
+		"Zip":     {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
+		"List":    {ModuleVersion{"m", ""}, "storage.objects.list"},
+		"Catalog": {ModuleVersion{}, "storage.objects.list"},
+	} {
+		t.Run(op, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeVersion(f, "m", "v1.0.0")
+				call := eachCall(s, "m")[op]
+				fails := func(ctx context.Context, kind int) error {
+					err := call(ctx)
+					requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
+					return err
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				cancel()
+				require.ErrorIs(t, fails(ctx, KindUnexpected), context.Canceled)
+				for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
+					f.fault(fault, func(*fakegcs.Request) bool { return true })
+					require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)
+				}
+				f.onRequest(nil)
+				f.Deny(test.permission)
+				err := fails(t.Context(), KindUnexpected)
+				require.ErrorContains(t, err, test.permission)
+				require.ErrorContains(t, err, "roles/storage.objectUser")
+				requireNothingInFlight(t, f)
+			})
+		})
 	}
 }
 

@@ -1,9 +1,9 @@
 package gcs
 
 import (
-	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"testing"
 	"time"
 
@@ -77,10 +77,7 @@ func TestListRequests(t *testing.T) {
 				if objects%3 != 0 {
 					requests++ // for the partial version
 				}
-				require.Len(t, f.Log(), requests)
-				for _, r := range f.Log() {
-					require.Equal(t, "list", r.Op)
-				}
+				require.Equal(t, slices.Repeat([]string{"list"}, requests), logged(f))
 			})
 		})
 	}
@@ -90,14 +87,12 @@ func TestListRequests(t *testing.T) {
 // the two interleave. The order is that of the .zip objects.
 func TestListInterleaved(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
-		storeFiles(f, "m", "v1.k", extInfo, extZip)
-		requireList(t, s, "m", "v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip")
+		storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
+		storeFiles(f, testModule, "v1.k", extInfo, extZip)
+		requireList(t, s, testModule, "v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip")
 		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
 			f.ResetLog()
-			ok, err := s.Exists(t.Context(), "m", vers)
-			require.NoError(t, err)
-			require.True(t, ok, vers)
+			requireExists(t, s, vers, true)
 			require.Len(t, f.Log(), 1)
 		}
 	})
@@ -106,46 +101,26 @@ func TestListInterleaved(t *testing.T) {
 // A list of several pages is no snapshot: what is seen of a version on one page
 // may be gone when the next is read.
 func TestListAcrossPages(t *testing.T) {
-	for name, list := range map[string]func(t *testing.T, s *Storage) []string{
-		"List": func(t *testing.T, s *Storage) []string {
-			versions, err := s.List(t.Context(), "m")
-			require.NoError(t, err)
-			return versions
-		},
-		"Catalog": func(t *testing.T, s *Storage) []string {
-			page, _, err := s.Catalog(t.Context(), "", 1000)
-			require.NoError(t, err)
-			versions := []string{}
-			for _, v := range page {
-				versions = append(versions, v.Version)
-			}
-			return versions
-		},
+	for name, requireNone := range map[string]func(t *testing.T, s *Storage){
+		"List":    func(t *testing.T, s *Storage) { requireList(t, s, testModule) },
+		"Catalog": func(t *testing.T, s *Storage) { require.Empty(t, catalogOf(t, s, 1000)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				for i := range 998 {
-					f.Put(fmt.Sprintf("m/@v/a%03d.info", i), nil, nil)
+					storeFiles(f, testModule, fmt.Sprintf("a%03d", i), extInfo)
 				}
 				// The first page ends with the .mod. The version is partial
 				// until another save takes it over, and never complete.
-				v := ModuleVersion{"m", "v1"}
-				f.Put(v.object(extInfo), nil, nil)
-				f.Put(v.object(extMod), nil, nil)
-				f.Put("m/@v/z.info", nil, nil)
-				lists := 0
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == "list" {
-						if lists++; lists == 2 {
-							time.Sleep(time.Millisecond) // GCS tells times to the millisecond
-							f.Put(v.object(extMod), nil, marked(time.Now(), "b"))
-							f.Put(v.object(extZip), nil, map[string]string{keySaveID: "b"})
-						}
-					}
-					return fakegcs.NoFault
+				storeFiles(f, testModule, testVersion, extInfo, extMod)
+				storeFiles(f, testModule, "z", extInfo)
+				f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() {
+					time.Sleep(time.Millisecond) // GCS tells times to the millisecond
+					f.Put(objectName(extMod), nil, marked(time.Now(), "b"))
+					f.Put(objectName(extZip), nil, map[string]string{keySaveID: "b"})
 				})
-				require.Empty(t, list(t, s))
-				require.GreaterOrEqual(t, lists, 2)
+				requireNone(t, s)
+				require.NotNil(t, f.Get(objectName(extZip)))
 			})
 		})
 	}
@@ -174,50 +149,23 @@ func TestOtherServers(t *testing.T) {
 		t.Run("pages of "+size, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
 				s := behind(f, pageBy(size))
-				storeVersion(f, "m", "v1", "v1.j", "v1.z", "v1.0.0")
-				storeFiles(f, "m", "v1.k", extInfo, extMod)
+				storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.0.0")
+				storeFiles(f, testModule, "v1.k", extInfo, extMod)
 				storeVersion(f, "a", "v1")
-				requireList(t, s, "m", "v1.0.0", "v1.j", "v1.z", "v1")
+				requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z", "v1")
 				for pageSize := range 7 {
-					got := catalogOf(t, s, pageSize)
-					require.Equal(t, []ModuleVersion{{"a", "v1"}, {"m", "v1.0.0"}, {"m", "v1.j"}, {"m", "v1.z"}, {"m", "v1"}}, got)
+					require.Equal(t, []ModuleVersion{
+						{"a", "v1"}, {testModule, "v1.0.0"}, {testModule, "v1.j"}, {testModule, "v1.z"}, {testModule, "v1"},
+					}, catalogOf(t, s, pageSize))
 				}
 				for vers, want := range map[string]bool{"v1": true, "v1.j": true, "v1.k": false, "v1.0": false} {
-					ok, err := s.Exists(t.Context(), "m", vers)
-					require.NoError(t, err)
-					require.Equal(t, want, ok, vers)
+					requireExists(t, s, vers, want)
 				}
-				require.NoError(t, s.Delete(t.Context(), "m", "v1"))
-				requireList(t, s, "m", "v1.0.0", "v1.j", "v1.z")
+				require.NoError(t, s.Delete(t.Context(), testModule, "v1"))
+				requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z")
 			})
 		})
 	}
-}
-
-func TestListErrors(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		_, err := s.List(ctx, "m")
-		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
-		require.ErrorIs(t, err, context.Canceled)
-
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fakegcs.Unavailable })
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		versions, err := s.List(ctx, "m")
-		requireError(t, err, KindGatewayTimeout, "gcs.List", "m", "")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Nil(t, versions)
-		f.onRequest(nil)
-
-		f.Deny("storage.objects.list")
-		_, err = s.List(t.Context(), "m")
-		requireError(t, err, KindUnexpected, "gcs.List", "m", "")
-		require.ErrorContains(t, err, "storage.objects.list")
-	})
 }
 
 // What goes wrong on one page adds no version twice.

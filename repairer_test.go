@@ -1,9 +1,8 @@
 package gcs
 
 import (
-	"bytes"
 	"fmt"
-	"io"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -75,26 +74,18 @@ func TestRepairBesideSave(t *testing.T) {
 			continue
 		}
 		for n := range c.requests {
-			for _, long := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s, request %d, long %v", c.name, n, long), func(t *testing.T) {
+			// Repair goes on after the save, or in the middle of it.
+			for _, takes := range []time.Duration{0, 10 * time.Second} {
+				t.Run(fmt.Sprintf("%s, request %d, takes %v", c.name, n, takes), func(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						stateCases()[i].put(f, testVersionName)
 						before := f.Objects()
 						a := contentOf("a", 100)
 						var group sync.WaitGroup
 						var saveErr error
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if r.Machine == "r" && r.MachineN == n {
-								group.Go(func() {
-									zip := io.Reader(bytes.NewReader(a.zip))
-									if long { // Repair goes on in the middle of the save
-										zip = io.MultiReader(sleepReader(10*time.Second), zip)
-									}
-									saveErr = a.saveFrom(t.Context(), f.storage("a"), zip)
-								})
-								time.Sleep(time.Second)
-							}
-							return fakegcs.NoFault
+						f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.MachineN == n }, func() {
+							group.Go(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
+							time.Sleep(time.Second)
 						})
 						_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
 						require.NoError(t, err)
@@ -154,17 +145,13 @@ func TestRepairOfLivingSave(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, saved := contentOf("a", 100), make(chan struct{})
 		refused := false
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine == "r" && r.Op == "delete" {
-				<-saved
-				refused = true
-			}
-			return fakegcs.NoFault
+		f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.Op == "delete" }, func() {
+			<-saved
+			refused = true
 		})
 		go func() {
 			defer close(saved)
-			zip := io.MultiReader(sleepReader(3*time.Second), bytes.NewReader(a.zip))
-			require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), zip))
+			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second))
 		}()
 		time.Sleep(time.Second)
 		state, err := ahead(f, "r").Repair(t.Context(), testModule, testVersion)
@@ -186,12 +173,8 @@ func TestRepairForbidden(t *testing.T) {
 		for _, name := range names {
 			t.Run(denied+" "+name, func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					var c stateCase
-					for _, some := range stateCases() {
-						if some.name == name {
-							c = some
-						}
-					}
+					cases := stateCases()
+					c := cases[slices.IndexFunc(cases, func(c stateCase) bool { return c.name == name })]
 					c.put(f, testVersionName)
 					before := f.Objects()
 					f.Deny(denied)

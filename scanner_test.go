@@ -3,7 +3,6 @@ package gcs
 import (
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -113,9 +112,9 @@ func scanned(t *testing.T, s *Storage, module string) (all []VersionStatus) {
 // Scan tells of every state, in the order of the names, and changes nothing, also
 // if it may change nothing.
 func TestScanStates(t *testing.T) {
-	for module, f := range map[string]string{"of a module": testModule, "of the bucket": ""} {
-		t.Run(module, func(t *testing.T) { testScan(t, f, false) })
-		t.Run(module+" in pages of one object", func(t *testing.T) { testScan(t, f, true) })
+	for name, module := range map[string]string{"of a module": testModule, "of the bucket": ""} {
+		t.Run(name, func(t *testing.T) { testScan(t, module, false) })
+		t.Run(name+" in pages of one object", func(t *testing.T) { testScan(t, module, true) })
 	}
 }
 
@@ -123,7 +122,9 @@ func testScan(t *testing.T, module string, short bool) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		f.Deny("storage.objects.update", "storage.objects.delete", "storage.objects.create")
 		if short {
-			s = inPagesOfOne(f)
+			m := f.Register("short")
+			m.Connect(shortPages{m, 1})
+			s = newStorage(m.Bucket)
 		}
 		var want []VersionStatus
 		requests := 0
@@ -132,7 +133,7 @@ func testScan(t *testing.T, module string, short bool) {
 			c.put(f, v)
 			want = append(want, c.status(v))
 			if short {
-				requests += len(c.files) + c.looks*len(c.files)
+				requests += len(c.files) * (1 + c.looks)
 			} else {
 				requests += c.looks
 			}
@@ -148,19 +149,6 @@ func testScan(t *testing.T, module string, short bool) {
 		}
 		require.Len(t, f.Log(), requests)
 		require.Equal(t, before, f.Objects())
-	})
-}
-
-// inPagesOfOne is a Storage whose server lists one object at a time.
-func inPagesOfOne(f *fakeGCS) *Storage {
-	return behind(f, func(r *http.Request) *http.Response {
-		if q := r.URL.Query(); q.Has("maxResults") {
-			q.Set("maxResults", "1")
-			u := *r.URL
-			u.RawQuery = q.Encode()
-			r.URL = &u
-		}
-		return nil
 	})
 }
 

@@ -52,6 +52,51 @@ func cutAt(log []fakegcs.Request, machine string) (names []string) {
 	return names
 }
 
+// faultAt gives a machine's request of that name a fault, once, and calls do then. Of
+// two requests that are made at once, those that do what slow says, or to such an
+// object, come second.
+func faultAt(f *fakeGCS, machine, at string, fault fakegcs.Fault, slow []string, do func()) (fired *bool) {
+	var mu sync.Mutex
+	fired, seen := new(bool), map[string]int{}
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if r.Machine != machine {
+			return fakegcs.NoFault
+		}
+		name := strings.TrimSuffix(cutAt([]fakegcs.Request{*r}, machine)[0], "0")
+		for _, what := range strings.Fields(name) {
+			if slices.Contains(slow, what) {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		n := seen[name]
+		seen[name]++
+		if *fired || fmt.Sprint(name, n) != at {
+			return fakegcs.NoFault
+		}
+		*fired = true
+		do()
+		return fault
+	})
+	return fired
+}
+
+// leftByOld puts what an older save left there, an hour ago: a .mod with that marker,
+// and other objects with that metadata.
+func leftByOld(marker, others map[string]string, exts ...string) func(*fakeGCS) {
+	old := contentOf("old", 50)
+	return func(f *fakeGCS) {
+		for _, ext := range exts {
+			data, metadata := map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext], others
+			if ext == extMod {
+				metadata = marker
+			}
+			f.PutAt(objectName(ext), data, metadata, time.Now().Add(ago))
+		}
+	}
+}
+
 // crashThreshold is shorter than the default, which takes many polls to wait for.
 const crashThreshold = 10 * time.Second
 
@@ -115,9 +160,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		// A version without its .mod does not exist, whatever else a delete left.
 		s := f.storage("s", WithStaleThreshold(crashThreshold))
 		if f.Get(objectName(extMod)) == nil {
-			exists, err := s.Exists(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.False(t, exists)
+			requireExists(t, s, testVersion, false)
 		}
 		stored["s"] = contentOf("s", 200)
 		err := stored["s"].save(t.Context(), s)
@@ -137,9 +180,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		s = f.storage("t", WithStaleThreshold(crashThreshold))
 		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
 		require.Less(t, time.Since(began), time.Second)
-		exists, err := s.Exists(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.True(t, exists)
+		requireExists(t, s, testVersion, true)
 		require.Equal(t, winner, whoseVersion(t, f, stored))
 	})
 	return names
@@ -149,41 +190,20 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, c content, at cut) {
 	ctx, cancel := context.WithCancel(t.Context())
 	crashed, returned := make(chan struct{}), make(chan error, 1)
-	var mu sync.Mutex
-	fired := false
-	seen := map[string]int{}
 	m := f.Machine(who)
-	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		if r.Machine != who {
-			return fakegcs.NoFault
-		}
-		name := strings.TrimSuffix(cutAt([]fakegcs.Request{*r}, who)[0], "0")
-		for _, op := range strings.Fields(name) {
-			if slices.Contains(sc.slow, op) {
-				time.Sleep(time.Millisecond)
-			}
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		n := seen[name]
-		seen[name]++
-		if fired || fmt.Sprint(name, n) != at.at {
-			return fakegcs.NoFault
-		}
-		fired = true
+	fired := faultAt(f, who, at.at, at.kind, sc.slow, func() {
 		if at.crashes() {
 			time.AfterFunc(20*time.Millisecond, func() { close(crashed) })
 		} else {
 			time.AfterFunc(20*time.Millisecond, cancel)
 		}
-		return at.kind
 	})
 	go func() { returned <- call(ctx, newStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
 	select {
 	case <-crashed: // the call goes on until the test ends, but is not heard
 	case err := <-returned:
 		cancel()
-		require.Equal(t, at.at != "", fired, "the request is never made")
+		require.Equal(t, at.at != "", *fired, "the request is never made")
 		if at.at == "" && err != nil && !Is(err, KindNotFound) {
 			requireKind(t, err, KindAlreadyExists)
 		}
@@ -211,35 +231,20 @@ func whoseVersion(t *testing.T, f *fakeGCS, stored map[string]content) string {
 // every subset of the objects, with every kind of marker that a save need not
 // wait for; those that it waits for become stale, and are then no different.
 func crashScenes() []crashScene {
-	old := contentOf("old", 50)
 	stale := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old")
-	leave := func(exts string, marker, rest map[string]string) func(*fakeGCS) {
-		return func(f *fakeGCS) {
-			created := time.Now().Add(-time.Hour)
-			for ext, data := range map[string][]byte{extInfo: old.info, extMod: old.mod, extZip: old.zip} {
-				metadata := rest
-				if ext == extMod {
-					metadata = marker
-				}
-				if strings.Contains(exts, ext) {
-					f.PutAt(objectName(ext), data, metadata, created)
-				}
-			}
-		}
-	}
 	saved := map[string]string{keySaveID: "old"}
 	scenes := []crashScene{
-		{name: "exists finishes", found: leave("info mod zip", stale, saved), calls: []cutCall{cutExists}},
-		{name: "delete", found: leave("info mod zip", nil, saved), calls: []cutCall{cutDelete}},
-		{name: "delete of an abandoned save", found: leave("info mod", stale, saved), calls: []cutCall{cutDelete}},
-		{name: "delete of leftovers", found: leave("info zip", nil, saved), calls: []cutCall{cutDelete}},
-		{name: "over objects of two saves", found: leave("info mod zip", stale, map[string]string{keySaveID: "older"})},
+		{name: "exists finishes", found: leftByOld(stale, saved, extInfo, extMod, extZip), calls: []cutCall{cutExists}},
+		{name: "delete", found: leftByOld(nil, saved, extInfo, extMod, extZip), calls: []cutCall{cutDelete}},
+		{name: "delete of an abandoned save", found: leftByOld(stale, saved, extInfo, extMod), calls: []cutCall{cutDelete}},
+		{name: "delete of leftovers", found: leftByOld(nil, saved, extInfo, extZip), calls: []cutCall{cutDelete}},
+		{name: "over objects of two saves", found: leftByOld(stale, map[string]string{keySaveID: "older"}, extInfo, extMod, extZip)},
 	}
 	for _, op := range []string{"insert", "list"} {
 		for _, ext := range []string{extInfo, extZip} {
 			scenes = append(scenes, crashScene{
 				name:  "new, with a slow " + op + " and a slow " + ext,
-				found: leave("", nil, nil),
+				found: leftByOld(nil, nil),
 				slow:  []string{op, "." + ext},
 			})
 		}
@@ -257,7 +262,7 @@ func crashScenes() []crashScene {
 			}
 			scenes = append(scenes, crashScene{
 				name:  "over " + exts + " " + marker,
-				found: leave(exts, markers[marker], saved),
+				found: leftByOld(markers[marker], saved, strings.Fields(exts)...),
 				over:  true,
 				twin:  marker == "stale" || marker == "marked by old ones",
 			})

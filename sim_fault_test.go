@@ -3,10 +3,8 @@ package gcs
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"io"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,7 +17,7 @@ import (
 // meets every fault.
 type faultScene struct {
 	name  string
-	found func(f *fakeGCS, old content)
+	found func(f *fakeGCS)
 	size  int // of the zip
 	zip   func(io.ReadSeeker) io.Reader
 	call  func(ctx context.Context, s *Storage, c content, zip io.Reader) error
@@ -34,16 +32,8 @@ const (
 )
 
 func faultScenes() []faultScene {
-	leave := func(marker map[string]string, exts ...string) func(*fakeGCS, content) {
-		return func(f *fakeGCS, old content) {
-			for _, ext := range exts {
-				data, metadata := map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext], marker
-				if ext != extMod {
-					metadata = map[string]string{keySaveID: "old"}
-				}
-				f.PutAt(objectName(ext), data, metadata, time.Now().Add(-time.Hour))
-			}
-		}
+	leave := func(marker map[string]string, exts ...string) func(*fakeGCS) {
+		return leftByOld(marker, map[string]string{keySaveID: "old"}, exts...)
 	}
 	seekable := func(r io.ReadSeeker) io.Reader { return r }
 	unseekable := func(r io.ReadSeeker) io.Reader { return plain(r) }
@@ -65,8 +55,8 @@ func faultScenes() []faultScene {
 		{name: "given up", found: leave(marked(givenUp, "old"), extMod, extInfo)},
 		{name: "partial", found: leave(nil, extMod, extZip)},
 		{name: "without .mod", found: leave(nil, extInfo, extZip)},
-		{name: "soon stale", found: func(f *fakeGCS, old content) {
-			f.Put(objectName(extMod), old.mod, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
+		{name: "soon stale", found: func(f *fakeGCS) {
+			f.Put(objectName(extMod), nil, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
 			time.Sleep(100 * time.Millisecond)
 		}},
 		{name: "Exists finishes", found: leave(stale, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
@@ -122,30 +112,13 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			}
 		}()
 		old, a := contentOf("old", 50), contentOf("a", sc.size)
-		sc.found(f, old)
-
-		var mu sync.Mutex
-		seen, fired := map[string]int{}, false
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == sc.slow || r.Object == objectName(extZip) {
-				time.Sleep(time.Millisecond)
-			}
-			name := strings.TrimSuffix(cutAt([]fakegcs.Request{*r}, "a")[0], "0")
-			mu.Lock()
-			defer mu.Unlock()
-			n := seen[name]
-			seen[name]++
-			if fired || fmt.Sprint(name, n) != at {
-				return fakegcs.NoFault
-			}
-			fired = true
-			return fault
-		})
+		sc.found(f)
+		fired := faultAt(f, "a", at, fault, []string{sc.slow, ".zip"}, func() {})
 		s := f.storage("a", WithChunkSize(faultChunk))
 		began := time.Now()
 		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
 		took, names, end.kind = time.Since(began), cutAt(f.Log(), "a"), Kind(err)
-		require.Equal(t, at != "", fired, "the request is never made")
+		require.Equal(t, at != "", *fired, "the request is never made")
 		f.onRequest(nil)
 		if len(f.Names()) != 0 && end.kind != KindUnexpected {
 			end.winner = whoseVersion(t, f, map[string]content{"old": old, "a": a})

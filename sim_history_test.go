@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 // An observation is one call of one version, as its caller saw it.
 type observation struct {
 	who     string
-	call    string // Save, Exists, List, Delete, or the object that was read
+	call    string // Save, Exists, List, Delete, or the method that read an object
 	version string
 	save    int // which Save it was, or whose object was read
 	how     string
@@ -75,12 +76,7 @@ type history []*observation
 // deletedBetween reports whether a delete may have been carried out between two
 // moments: one that overlaps them, for it can be ordered before or after either.
 func (h history) deletedBetween(a, b int) bool {
-	for _, o := range h {
-		if o.deletes() && o.start < b && o.end > a {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(h, func(o *observation) bool { return o.deletes() && o.start < b && o.end > a })
 }
 
 // check holds the history against the invariants, and returns what breaks them.

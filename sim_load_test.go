@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -49,12 +50,11 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 				vers := fmt.Sprintf("v1.%d.0", i%l.versions)
 				c := contentOf(fmt.Sprintf("%s by %d", vers, i), 100+i)
 				sum := md5.Sum(c.zip)
-				var err error
+				zip := plain(bytes.NewReader(c.zip))
 				if i%l.broken == 0 {
-					err = s.Save(t.Context(), testModule, vers, c.mod, iotest.ErrReader(errLoad), sum[:], c.info)
-				} else {
-					err = s.Save(t.Context(), testModule, vers, c.mod, plain(bytes.NewReader(c.zip)), sum[:], c.info)
+					zip = iotest.ErrReader(errLoad)
 				}
+				err := s.Save(t.Context(), testModule, vers, c.mod, zip, sum[:], c.info)
 				mu.Lock()
 				switch {
 				case err == nil:
@@ -78,11 +78,7 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 	require.Len(t, winners, l.versions)
 	for vers, n := range winners {
 		require.Equal(t, 1, n, vers)
-		v, c := ModuleVersion{testModule, vers}, contents[vers]
-		for ext, want := range map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip} {
-			require.Equal(t, want, f.Get(v.object(ext)).Data, "%s of %s", ext, vers)
-		}
-		require.Empty(t, f.Get(v.object(extMod)).Metadata)
+		requireVersion(t, f, ModuleVersion{testModule, vers}, contents[vers])
 	}
 	list, err := stores[0].List(t.Context(), testModule)
 	require.NoError(t, err)
@@ -104,11 +100,6 @@ func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
 	}
 }
 
-func nothingInFlight(f *fakeGCS) bool {
-	requests, bodies := f.InFlight()
-	return requests == 0 && bodies == 0
-}
-
 // A hundred callers on eight machines save two hundred versions. The bubble
 // proves that no goroutine is left behind.
 func TestLoad(t *testing.T) {
@@ -125,7 +116,7 @@ func TestLoad(t *testing.T) {
 		failed := l.run(t, f, stores)
 		require.NotEmpty(t, failed)
 		requireUploads(t, f, failed)
-		require.True(t, nothingInFlight(f))
+		requireNothingInFlight(t, f)
 	})
 }
 
@@ -134,53 +125,44 @@ func TestLoadOverSockets(t *testing.T) {
 	f := newFakeGCS(t)
 	endpoint := f.listen(t)
 	l := load{machines: 4, callers: 24, versions: 20, wanted: 4, broken: 1000}
-	conns := &countedConns{}
+	var open atomic.Int64
 	var stores []*Storage
 	var wires []*http.Transport
 	for i := range l.machines {
-		name := fmt.Sprint(i)
-		wire := &http.Transport{DialContext: conns.dial}
+		wire := &http.Transport{DialContext: counting(&open)}
 		wires = append(wires, wire)
-		stores = append(stores, newStorage(f.over(t, endpoint, name, wire).Bucket))
+		stores = append(stores, newStorage(f.over(t, endpoint, fmt.Sprint(i), wire).Bucket))
 	}
 	requireUploads(t, f, l.run(t, f, stores))
 	// What is still open is idle, or it would not be closed.
-	require.Positive(t, conns.count(0))
+	require.Positive(t, open.Load())
 	for _, wire := range wires {
 		wire.CloseIdleConnections()
 	}
-	require.Eventually(t, func() bool { return conns.count(0) == 0 && nothingInFlight(f) }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool {
+		requests, bodies := f.InFlight()
+		return open.Load()+int64(requests+bodies) == 0
+	}, 10*time.Second, time.Millisecond)
 }
 
-// countedConns counts the connections that are open.
-type countedConns struct {
-	mu   sync.Mutex
-	open int
-}
-
-func (c *countedConns) count(change int) int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.open += change
-	return c.open
-}
-
-func (c *countedConns) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, network, addr)
-	if err != nil {
-		return nil, err
+// counting makes connections, and counts those that are open.
+func counting(open *atomic.Int64) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		open.Add(1)
+		return countedConn{conn, sync.OnceFunc(func() { open.Add(-1) })}, nil
 	}
-	c.count(1)
-	return &countedConn{Conn: conn, all: c}, nil
 }
 
 type countedConn struct {
 	net.Conn
-	all  *countedConns
-	once sync.Once
+	closed func()
 }
 
-func (c *countedConn) Close() error {
-	c.once.Do(func() { c.all.count(-1) })
+func (c countedConn) Close() error {
+	c.closed()
 	return c.Conn.Close()
 }

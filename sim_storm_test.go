@@ -298,7 +298,7 @@ func (m *stormMachine) act(rng *rand.Rand) {
 	case n < 15:
 		m.list(ctx)
 	case n < 18:
-		m.read(ctx, []string{extInfo, extMod, extZip}[rng.IntN(3)], vers)
+		m.read(ctx, []string{"Info", "GoMod", "Zip"}[rng.IntN(3)], vers)
 	default:
 		m.mustNotFail(ctx, m.observe("Delete", vers, func(o *observation) error {
 			o.outcome = deleted
@@ -442,8 +442,7 @@ func (w *storm) newContent(vers string, rng *rand.Rand) (int, content) {
 	}
 	c := content{file(extMod, rng.IntN(300)), file(extZip, size), file(extInfo, rng.IntN(100))}
 	for _, b := range [][]byte{c.mod, c.zip, c.info} {
-		sum := md5.Sum(b)
-		w.sums[base64.StdEncoding.EncodeToString(sum[:])] = w.saves
+		w.sums[md5Of(b)] = w.saves
 	}
 	return w.saves, c
 }
@@ -459,17 +458,17 @@ func (m *stormMachine) list(ctx context.Context) {
 	}
 }
 
-func (m *stormMachine) read(ctx context.Context, ext, vers string) *observation {
-	o := m.observe(ext, vers, func(o *observation) error {
-		data, err := m.file(ctx, ext, vers)
+func (m *stormMachine) read(ctx context.Context, op, vers string) *observation {
+	o := m.observe(op, vers, func(o *observation) error {
+		data, err := readers[op](ctx, m.s, stormModule, vers)
 		if err != nil {
 			return err
 		}
-		o.outcome = got
-		if o.save = m.whose(data); o.save < 0 {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			m.report(fmt.Sprintf("%s reads a %s of %s that nobody wrote: %.40q", m.Name, ext, vers, data))
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		o.outcome, o.save = got, m.sums[md5Of([]byte(data))]
+		if o.save == 0 {
+			m.report(fmt.Sprintf("%s: %s of %s is what nobody wrote: %.40q", m.Name, op, vers, data))
 		}
 		return nil
 	})
@@ -477,29 +476,10 @@ func (m *stormMachine) read(ctx context.Context, ext, vers string) *observation 
 	return o
 }
 
-func (m *stormMachine) file(ctx context.Context, ext, vers string) ([]byte, error) {
-	switch ext {
-	case extInfo:
-		return m.s.Info(ctx, stormModule, vers)
-	case extMod:
-		return m.s.GoMod(ctx, stormModule, vers)
-	}
-	r, err := m.s.Zip(ctx, stormModule, vers)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	return io.ReadAll(r)
-}
-
-func (w *storm) whose(data []byte) int {
+// md5Of returns a checksum as GCS writes it.
+func md5Of(data []byte) string {
 	sum := md5.Sum(data)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if save, ok := w.sums[base64.StdEncoding.EncodeToString(sum[:])]; ok {
-		return save
-	}
-	return -1
+	return base64.StdEncoding.EncodeToString(sum[:])
 }
 
 // chance returns numbers that depend on the seed, the time and what they are for.
@@ -569,7 +549,7 @@ func (w *storm) inspect() {
 	objects := w.f.Objects()
 	for _, vers := range w.versions {
 		v := ModuleVersion{stormModule, vers}
-		info, mod, zip := objects[testPrefix+v.object(extInfo)], objects[testPrefix+v.object(extMod)], objects[testPrefix+v.object(extZip)]
+		info, mod, zip := objects[v.object(extInfo)], objects[v.object(extMod)], objects[v.object(extZip)]
 		if mod == nil {
 			delete(w.lives, vers)
 			continue
@@ -609,7 +589,7 @@ func (w *storm) clearUp() {
 		if took := time.Since(began); took > 4*threshold+15*time.Second {
 			w.report(fmt.Sprintf("when all is calm, a save takes %v:\n\t%v", took, o))
 		}
-		files := []*observation{m.exists(m.ctx, vers), m.read(m.ctx, extInfo, vers), m.read(m.ctx, extMod, vers), m.read(m.ctx, extZip, vers)}
+		files := []*observation{m.exists(m.ctx, vers), m.read(m.ctx, "Info", vers), m.read(m.ctx, "GoMod", vers), m.read(m.ctx, "Zip", vers)}
 		if !o.says() || files[0].outcome != yes || files[1].outcome != got || files[2].outcome != got || files[3].outcome != got {
 			w.report(fmt.Sprintf("when all is calm, a version cannot be had:\n\t%v\n\t%v", o, files))
 		}
