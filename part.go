@@ -33,7 +33,7 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 		switch {
 		case readErr != nil:
 			return readErr
-		case seen != nil && seen.Metadata[keySaveID] == l.id && z.isWhole(seen.Size):
+		case seen != nil && seen.Metadata[keySaveID] == l.id && seen.Size == z.size:
 			return nil
 		case seen != nil && seen.Metadata[keySaveID] == l.id:
 			return errCutShort // and not replaced: somebody may have finished the version

@@ -6,7 +6,6 @@ import (
 	"crypto/md5"
 	"fmt"
 	"io"
-	"slices"
 )
 
 const (
@@ -28,17 +27,17 @@ type source struct {
 	limit int    // how large a small zip may be
 	start int64  // where the zip starts in a reader that can seek, -1 in another
 
-	head     []byte  // bytes that are read ahead and not sent; all of the file if whole
-	whole    bool    // head is the whole file
-	consumed bool    // bytes beyond head have been read
-	read     int64   // bytes read since the start of the zip
-	passes   []int64 // sizes of the zip, each time that it was read to its end
-	err      error   // what the reader or the check failed with
+	head     []byte // bytes that are read ahead and not sent; all of the file if whole
+	whole    bool   // head is the whole file
+	consumed bool   // bytes beyond head have been read
+	read     int64  // bytes read since the start of the zip
+	size     int64  // of the zip when it was last read to its end, -1 before
+	err      error  // what the reader or the check failed with
 }
 
 // newSource returns the source of a zip. It reads nothing.
 func newSource(r io.Reader, sum []byte, limit int) *source {
-	z := &source{r: r, limit: limit, start: -1}
+	z := &source{r: r, limit: limit, start: -1, size: -1}
 	if len(sum) == md5.Size {
 		z.md5 = sum
 	}
@@ -52,7 +51,7 @@ func newSource(r io.Reader, sum []byte, limit int) *source {
 
 // bytesSource returns the source of a file that is in memory.
 func bytesSource(b []byte) *source {
-	return &source{head: b, whole: true, passes: []int64{int64(len(b))}}
+	return &source{head: b, whole: true, size: int64(len(b))}
 }
 
 // load reads ahead, once, and checks a small zip. If the context ends, the next
@@ -106,7 +105,7 @@ func (z *source) fill(ctx context.Context, p []byte) (n int, err error) {
 			err = io.ErrNoProgress
 		}
 		if err == io.EOF {
-			z.passes = append(z.passes, z.read)
+			z.size = z.read
 			return n, err
 		}
 		if err != nil {
@@ -161,6 +160,3 @@ func (z *source) ready() bool {
 	z.read = 0
 	return true
 }
-
-// isWhole reports whether an object of that size can be all of the file.
-func (z *source) isWhole(size int64) bool { return slices.Contains(z.passes, size) }
