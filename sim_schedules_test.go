@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -264,7 +265,9 @@ func (r *rehearsal) tell(e *event, said string) {
 // learn adds what an actor was told to what it knows. The order of answers that did
 // not wait for each other does not matter.
 func (a *actor) learn() {
-	slices.SortFunc(a.fresh, func(l, m line) int { return strings.Compare(l.String(), m.String()) })
+	slices.SortFunc(a.fresh, func(l, m line) int {
+		return cmp.Or(strings.Compare(l.String(), m.String()), cmp.Compare(l.sent, m.sent))
+	})
 	for _, l := range a.fresh {
 		told := append(a.told, l)
 		for i := len(told) - 1; i > 0 && told[i].sent < told[i-1].told && told[i].String() < told[i-1].String(); i-- {
