@@ -10,6 +10,7 @@ import (
 	"math"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -196,30 +197,27 @@ func TestLateCreateBeforeTakeover(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		leave(f, nil, extInfo, extMod, extZip)
 		ctx, cancel := context.WithCancel(t.Context())
-		creates := 0
+		var creates atomic.Int32
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" {
-				creates++
-			}
 			switch {
-			case creates == 1 && r.Op == "insert":
+			case r.Op == "insert" && creates.Add(1) == 1:
 				return fakegcs.StrayReset
-			case creates == 3 && r.Op == "insert":
+			case r.Op == "insert" && creates.Load() == 3:
 				f.Land()
-			case creates == 3 && r.Op == "list":
+			case r.Op == "list" && creates.Load() == 3:
 				cancel()
 			}
 			return fakegcs.NoFault
 		})
 		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Op == "insert" && creates == 2 {
+			if r.Op == "insert" && creates.Load() == 2 {
 				for _, ext := range []string{extMod, extInfo, extZip} {
 					f.Remove(objectName(ext))
 				}
 			}
 		})
 		require.ErrorIs(t, contentOf("a", 100).save(ctx, f.storage("a")), context.Canceled)
-		require.Equal(t, 3, creates)
+		require.EqualValues(t, 3, creates.Load())
 		f.onRequest(nil)
 		requireSavableAtOnce(t, f)
 	})

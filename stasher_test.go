@@ -1106,9 +1106,11 @@ func TestSingleFlightCrashes(t *testing.T) {
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						o := &origin{takes: threshold/claimFraction/renewals + time.Second}
 						f.fault(fault, func(r *fakegcs.Request) bool {
-							isIt := r.Machine == "0" && r.MachineN == n
-							met = met || isIt
-							return isIt
+							if r.Machine != "0" || r.MachineN != n {
+								return false
+							}
+							met = true
+							return true
 						})
 						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
 						ctx, cancel := context.WithCancel(t.Context())

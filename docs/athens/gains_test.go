@@ -49,6 +49,7 @@ func TestKilledReplica(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %v", test.while, threshold), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					bucket := fakegcs.New()
+					defer time.Sleep(time.Hour) // a flight outlives its callers
 					defer bucket.Close()
 					replica := func(m *fakegcs.Machine, fetch func()) gcs.Stasher {
 						s := gcs.NewStorage(m.Bucket, gcs.WithStaleThreshold(threshold))
