@@ -271,12 +271,7 @@ func TestSaveReaderFails(t *testing.T) {
 // An .info that is refused ends the save, although its zip would trickle on.
 func TestSaveInfoRefused(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Object == objectName(extInfo) {
-				f.Deny("storage.objects.create")
-			}
-			return fakegcs.NoFault
-		})
+		f.atFirst(func(r *fakegcs.Request) bool { return r.Object == objectName(extInfo) }, func() { f.Deny("storage.objects.create") })
 		start := time.Now()
 		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), io.LimitReader(readFunc(func(p []byte) (int, error) {
 			time.Sleep(time.Second)
