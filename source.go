@@ -59,7 +59,7 @@ func bytesSource(b []byte) *source {
 func (z *source) load(ctx context.Context) error {
 	for !z.whole && !z.consumed && z.err == nil {
 		if len(z.head) == cap(z.head) {
-			size := min(max(blockSize, 4*cap(z.head)), z.limit+1)
+			size := min(max(blockSize, 8*cap(z.head)), z.limit+1)
 			z.head = append(make([]byte, 0, size), z.head...)
 		}
 		n, err := z.fill(ctx, z.head[len(z.head):cap(z.head)])
