@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -504,11 +505,14 @@ func TestNothingIsLogged(t *testing.T) {
 // What is told to nobody costs next to nothing.
 func TestSilenceIsCheap(t *testing.T) {
 	s := newStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
-	allocs := testing.AllocsPerRun(1000, func() {
-		_, c := s.begin(t.Context(), "Exists", testVersionName)
-		c.close(nil)
-	})
+	allocs := math.Inf(1) // other goroutines only add
+	for range 5 {
+		allocs = min(allocs, testing.AllocsPerRun(1000, func() {
+			_, c := s.begin(t.Context(), "Exists", testVersionName)
+			c.close(nil)
+		}))
+	}
 	t.Logf("%v allocations a call", allocs)
-	require.LessOrEqual(t, allocs, 6.0)
+	require.LessOrEqual(t, allocs, 7.0) // 6 when another test has set the providers
 	require.False(t, s.log.Enabled(t.Context(), slog.LevelError))
 }
