@@ -925,10 +925,23 @@ func (ex *exploration) String() string {
 	whole := "exhausted"
 	if len(ex.todo) > 0 {
 		whole = fmt.Sprintf("NOT exhausted, %d branches left", len(ex.todo))
-	} else if ex.bound > 0 {
-		whole = fmt.Sprintf("exhausted up to %d preemptions", ex.bound)
+	}
+	if ex.bound > 0 {
+		whole += fmt.Sprintf(" up to %d preemptions", ex.bound)
 	}
 	return fmt.Sprintf("%6d states %9.3g schedules %6d runs %7v %s", len(ex.switches), ex.schedules(), ex.runs, ex.took.Round(10*time.Millisecond), whole)
+}
+
+// report logs what was explored, and fails the test if anything fell.
+func (ex *exploration) report(t *testing.T) {
+	t.Log(ex.name+":", ex)
+	if ex.diverged > 0 {
+		t.Errorf("%d replays diverged", ex.diverged)
+	}
+	if len(ex.broken) > 0 {
+		t.Errorf("%s\n%s\nTo replay it:\n  GCS_SCHEDULE='%s' go test -v -run '%s$' .",
+			strings.Join(ex.broken, "\n"), strings.Join(ex.story, "\n"), strings.Join(ex.path, "; "), t.Name())
+	}
 }
 
 // The roles.
@@ -1087,16 +1100,17 @@ func TestSchedules(t *testing.T) {
 				} else {
 					ex = sc.explore(t, limit)
 				}
-				t.Log(sc.name+":", ex)
+				ex.report(t)
 				if replay {
 					t.Log(strings.Join(ex.story, "\n"))
 				}
-				if ex.diverged > 0 {
-					t.Errorf("%d replays diverged", ex.diverged)
-				}
-				if len(ex.broken) > 0 {
-					t.Errorf("%s\n%s\nTo replay it:\n  GCS_SCHEDULE='%s' go test -v -run '%s$' .",
-						strings.Join(ex.broken, "\n"), strings.Join(ex.story, "\n"), strings.Join(ex.path, "; "), t.Name())
+				if all && !replay && len(ex.todo) > 0 { // say how many preemptions are exhausted
+					for sc.bound = 1; sc.bound < 10 && !t.Failed(); sc.bound++ {
+						if ex = sc.explore(t, limit); len(ex.todo) > 0 && len(ex.broken) == 0 {
+							break
+						}
+						ex.report(t)
+					}
 				}
 			})
 		}
