@@ -42,7 +42,7 @@ func (b *bucket) checkPermissions(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		if !isForbidden(err) {
+		if !isForbidden(err) && !isTransient(err) {
 			_, _, err = b.page(ctx, &storage.Query{}, "", 1)
 		}
 		if err != nil {

@@ -127,6 +127,21 @@ func TestCheckFaults(t *testing.T) {
 	})
 }
 
+// A bucket that cannot be reached is asked one question, for as long as any other.
+func TestCheckUnreachable(t *testing.T) {
+	faults := []fakegcs.Fault{fakegcs.Refused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
+	for _, fault := range faults {
+		t.Run(fault.String(), func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fault })
+				start := time.Now()
+				require.Error(t, s.Check(t.Context()))
+				require.Less(t, time.Since(start), retryLimit+time.Minute)
+			})
+		})
+	}
+}
+
 func TestCheckContextEnds(t *testing.T) {
 	type testCase struct {
 		timeout time.Duration
