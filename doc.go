@@ -17,7 +17,9 @@
 //
 // The state of a version follows from one listing of its objects. The marker is the
 // key in-progress in the metadata of the .mod. Its value is the time at which the
-// saver last renewed it.
+// saver last renewed it. A marker is fresh while that time is less than the stale
+// threshold away (2 minutes, see [WithStaleThreshold]), and else it is stale. To
+// commit is to remove the marker.
 //
 //	state        marker  objects         who moves it, and to which state
 //	Absent       -       none            Save creates a marked .mod: InProgress
@@ -103,14 +105,16 @@
 // No step of this looks at a clock. Clocks, and the stale threshold, decide only when
 // a holder is presumed dead. If that is wrong, its work is wasted, and no harm is
 // done. Two machines that each presume the other dead would take over from each other
-// for ever. So a save that was fenced takes over an abandoned version only when its
-// .mod has not changed for the threshold, or is given up. New calls do not know of
+// for ever. So a save that was fenced, whose .mod was taken over, takes over an
+// abandoned version only when its .mod has not changed for the threshold, or is given
+// up. New calls do not know of
 // such a loss: while calls with clocks that are off by more than the threshold keep
 // coming, a version may be taken over again and again.
 //
 // The argument relies on GCS for the atomicity of a conditional request, and for
 // strong consistency of reads and lists after writes
 // (https://cloud.google.com/storage/docs/consistency). It relies on nobody else's
-// writing to the bucket below "/@v/". Athens' own backend may do so during a rollout:
-// its clients may then read files of two saves for a moment.
+// writing to the bucket below "/@v/". Athens' own backend may do so during a rollout.
+// Its clients may then read files of two saves: for a moment if both saves live, and
+// until the version is repaired or deleted if one of them died.
 package gcs

@@ -49,8 +49,9 @@ Flags:
 
 Repair finishes a version of which only the last step is missing. It removes what
 is left of any other version that is not complete, and the next request fetches
-that anew. It leaves complete versions and running saves alone. Servers may go on
-meanwhile. roles/storage.objectUser permits it.
+that anew. It leaves complete versions alone, and running saves if -stale is the
+threshold of the servers. Servers may go on meanwhile. roles/storage.objectUser
+permits it.
 
 Examples:
     athensgcs repair -bucket my-modules -dry-run
