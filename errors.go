@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strings"
 
 	"cloud.google.com/go/storage"
@@ -164,8 +165,17 @@ func isTransient(err error) bool {
 		return false // the client retries every 5xx, but this one stays
 	}
 	var syntax *json.SyntaxError
-	return storage.ShouldRetry(err) || errors.Is(err, io.EOF) || errors.As(err, &syntax) ||
+	return storage.ShouldRetry(err) || isBrokenHTTP2(err) || errors.Is(err, io.EOF) || errors.As(err, &syntax) ||
 		hasCode(err, http.StatusConflict, codes.Aborted)
+}
+
+// isBrokenHTTP2 reports whether a stream or a connection of HTTP/2 broke: the server
+// reset it, or closed it with a GOAWAY. net/http exports no types of these errors.
+func isBrokenHTTP2(err error) bool {
+	var answer *googleapi.Error
+	return err != nil && !errors.As(err, &answer) && slices.ContainsFunc(
+		[]string{"http2: ", "stream error: stream ID ", "connection error: "},
+		func(s string) bool { return strings.Contains(err.Error(), s) })
 }
 
 // withPermission adds to an error that refuses access which permission is missing.

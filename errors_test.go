@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/url"
 	"syscall"
 	"testing"
 	"time"
@@ -126,6 +127,10 @@ func TestErrorsOfBothTransports(t *testing.T) {
 		{"EOF of a request", fmt.Errorf("Post: %w", io.EOF), KindUnexpected, "transient"},
 		{"unexpected EOF", io.ErrUnexpectedEOF, KindUnexpected, "transient"},
 		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, KindUnexpected, "transient"},
+		{"HTTP/2 stream reset", &url.Error{Op: "Post", URL: "https://storage.googleapis.com", Err: errors.New("stream error: stream ID 3; INTERNAL_ERROR; received from peer")}, KindUnexpected, "transient"},
+		{"HTTP/2 GOAWAY", &url.Error{Op: "Get", URL: "https://storage.googleapis.com", Err: errors.New("http2: server sent GOAWAY and closed the connection; LastStreamID=1, ErrCode=NO_ERROR")}, KindUnexpected, "transient"},
+		{"HTTP/2 connection", errors.New("connection error: PROTOCOL_ERROR"), KindUnexpected, "transient"},
+		{"HTTP 400 of a proxy", asGoogle(400, "http2: no"), KindUnexpected, ""},
 		{"half an answer", fmt.Errorf("decoding: %w", json.Unmarshal([]byte("{"), new(any))), KindUnexpected, "transient"},
 		{"something else", errors.New("something else"), KindUnexpected, ""},
 		{"cancelled", context.Canceled, KindUnexpected, ""},
