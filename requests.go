@@ -71,8 +71,9 @@ func (b *bucket) remove(ctx context.Context, v ModuleVersion, ext string, cond s
 // look lists the version, with one request unless GCS answers in parts.
 func (b *bucket) look(ctx context.Context, v ModuleVersion) (seen snapshot, _ error) {
 	// The names sort .info, .lock, .mod, .zip. The offsets keep out v1.0.0.info
-	// when the version is v1; a server that ignores them only makes this slower.
-	q := &storage.Query{Prefix: b.name(v, ""), StartOffset: b.name(v, extInfo), EndOffset: b.name(v, extZip) + "\x00"}
+	// when the version is v1; a server that ignores them only makes this slower. The
+	// end is exclusive, so it is a name after .zip.
+	q := &storage.Query{Prefix: b.name(v, ""), StartOffset: b.name(v, extInfo), EndOffset: b.name(v, extZip) + "!"}
 	for attrs, err := range b.list(ctx, q, maxPage) {
 		if err != nil {
 			return snapshot{}, err
