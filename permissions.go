@@ -3,10 +3,12 @@ package gcs
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 
 	"cloud.google.com/go/storage"
+	"google.golang.org/grpc/codes"
 )
 
 // required are the permissions that a Storage needs on its bucket.
@@ -25,8 +27,8 @@ var required = []string{
 //
 // Check asks which permissions the caller has, which itself needs none
 // (https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions). If
-// the server cannot answer that, Check lists one object instead, and returns nil if
-// it can. So it makes one request, or two. It is safe for concurrent use.
+// the server does not know the question, Check lists one object instead, and returns
+// nil if it can. So it makes one request, or two. It is safe for concurrent use.
 func (s *Storage) Check(ctx context.Context) error {
 	ctx, c := s.begin(ctx, "Check", ModuleVersion{})
 	return c.end(s.bucket.checkPermissions(ctx))
@@ -42,7 +44,7 @@ func (b *bucket) checkPermissions(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		if !isForbidden(err) && !isTransient(err) {
+		if !isForbidden(err) && !isTransient(err) && !hasCode(err, http.StatusUnauthorized, codes.Unauthenticated) {
 			_, _, err = b.page(ctx, &storage.Query{}, "", 1)
 		}
 		if err != nil {

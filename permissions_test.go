@@ -107,11 +107,12 @@ func TestCheckWithoutPermissionCall(t *testing.T) {
 // The bucket that cannot be listed either is not let through, and the error is
 // the answer to the question.
 func TestCheckNothingPermitted(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.AnswerPermissions(http.StatusForbidden) // as a service perimeter does
-		err := s.Check(t.Context())
+	// A service perimeter forbids the question, and a caller without credentials is not known.
+	forEach(t, inCrowd, []int{http.StatusForbidden, http.StatusUnauthorized}, func(t *testing.T, f *fakeGCS, status int) {
+		f.AnswerPermissions(status)
+		err := f.storage("a").Check(t.Context())
 		requireCheckError(t, err, KindUnexpected)
-		require.True(t, isForbidden(err))
+		require.True(t, hasCode(err, status, 0))
 		require.Len(t, f.Log(), 1, "a list would say nothing of the permissions")
 	})
 }
