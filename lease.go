@@ -147,11 +147,12 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(max(l.threshold/renewals, updateInterval))
-		defer tick.Stop()
+		interval := max(l.threshold/renewals, updateInterval)
+		due := time.NewTimer(interval)
+		defer due.Stop()
 		for {
 			select {
-			case <-tick.C:
+			case <-due.C:
 			case <-quit:
 			case <-ctx.Done():
 			}
@@ -163,6 +164,7 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 			if ctx.Err() != nil {
 				return
 			}
+			began := time.Now()
 			switch err := l.renew(ctx); {
 			case errors.Is(err, errFenced), errors.Is(err, errCleared):
 				lost(err)
@@ -170,6 +172,7 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 			case err != nil && ctx.Err() == nil:
 				failed()
 			}
+			due.Reset(max(interval-time.Since(began), updateInterval))
 		}
 	}()
 	return func() {
@@ -178,8 +181,9 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 	}
 }
 
+// renew leaves time for a second try, or to read back why the first was refused.
 func (l *lease) renew(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	ctx, cancel := context.WithTimeout(ctx, 2*requestTimeout)
 	defer cancel()
 	err := l.mark(ctx, l.now(), l.id)
 	l.renewed = time.Now()

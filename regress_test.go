@@ -314,15 +314,17 @@ func TestCommitAfterFailedRenewal(t *testing.T) {
 		failed := 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
-				failed++
-				time.Sleep(requestTimeout - 100*time.Millisecond)
+				if failed++; failed == 1 {
+					return fakegcs.Hung
+				}
+				time.Sleep(requestTimeout - 200*time.Millisecond)
 				return fakegcs.HungApplied
 			}
 			return fakegcs.NoFault
 		})
 		a := contentOf("a", 100)
 		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+4*time.Second))
-		require.Equal(t, 1, failed)
+		require.Equal(t, 2, failed) // tries of one renewal
 		requireStored(t, f, a)
 	})
 }
@@ -426,6 +428,75 @@ func TestFencedTakesOverFromCrashed(t *testing.T) {
 		requireStored(t, f, a)
 		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
 		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
+	})
+}
+
+// The same if the marker of the crashed save looks fresh at first: it does not wait
+// for a second threshold after that.
+func TestFencedWaitsOnce(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.tolerate()
+		a := contentOf("a", 100)
+		var crashed time.Time
+		time.AfterFunc(10*time.Second, func() {
+			crashed = time.Now()
+			f.Put(objectName(extMod), nil, marked(crashed, "b"))
+		})
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
+		requireStored(t, f, a)
+		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
+		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
+	})
+}
+
+// It says what the zip's reader failed with, also if it was fenced before.
+func TestFencedReaderFails(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		time.AfterFunc(10*time.Second, func() { f.Put(objectName(extMod), nil, marked(givenUp, "b")) })
+		cause := errors.New("the origin hung up")
+		err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a"), io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(cause)))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, cause)
+	})
+}
+
+// A saver far away, one of whose renewals had no answer, keeps its marker fresh.
+func TestRenewalsOverSlowLine(t *testing.T) {
+	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
+		t.Run(trip.String(), func(t *testing.T) {
+			bubble(t, trip, func(t *testing.T, f *fakeGCS) {
+				lost := false
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Op == "patch" && !lost {
+						lost = true
+						return fakegcs.HungApplied
+					}
+					return fakegcs.NoFault
+				})
+				var group sync.WaitGroup
+				defer group.Wait()
+				group.Go(func() {
+					require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
+				})
+				time.Sleep(20 * time.Second)
+				requireKind(t, contentOf("b", 100).save(t.Context(), f.storage("b")), KindAlreadyExists)
+			})
+		})
+	}
+}
+
+// A renewal that takes longer than the time to the next is not followed at once by it.
+func TestRenewalsAreNotTooFast(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		slow := false
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "patch" && !slow {
+				slow = true
+				time.Sleep(1900 * time.Millisecond)
+			}
+			return fakegcs.NoFault
+		})
+		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
 	})
 }
 
@@ -772,4 +843,46 @@ func TestCommitOfFinished(t *testing.T) {
 		require.Len(t, f.Log(), 6, "5, and the .mod is read")
 		requireStored(t, f, a)
 	})
+}
+
+// A line that carries 222 KiB a second is fast enough for chunks of 16 MiB, and one of
+// 24 KiB a second for the smallest.
+func TestSlowLine(t *testing.T) {
+	for _, test := range []struct {
+		chunk, rate int
+		enough      bool
+	}{
+		{defaultChunkSize, 222 << 10, true},
+		{defaultChunkSize, 221 << 10, false},
+		{256 << 10, 24 << 10, true},
+		{256 << 10, 23 << 10, false},
+	} {
+		t.Run(fmt.Sprint(test.chunk, " ", test.rate), func(t *testing.T) {
+			inCrowd(t, func(t *testing.T, f *fakeGCS) {
+				m := f.Register("a")
+				m.Connect(thinLine{m, test.rate})
+				a := contentOf("a", test.chunk+100)
+				err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
+				if test.enough {
+					require.NoError(t, err)
+				} else {
+					require.ErrorIs(t, err, errBrokenOff)
+				}
+			})
+		})
+	}
+}
+
+// thinLine is a transport that carries so many bytes a second.
+type thinLine struct {
+	next http.RoundTripper
+	rate int
+}
+
+func (l thinLine) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(l.rate)); err != nil {
+		r.Body.Close()
+		return nil, err
+	}
+	return l.next.RoundTrip(r)
 }

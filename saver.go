@@ -136,9 +136,11 @@ func (g *saving) hold(ctx context.Context) error {
 			return errFinished
 		case state == Complete:
 			return errExists
-		case state == InProgress || g.waiter.mustWait(g.seen.mod):
+		case g.waiter.mustWait(g.seen.mod) || state == InProgress:
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
+		case g.zip.err != nil:
+			return g.zip.err
 		case !g.zip.ready():
 			return errCannotReread
 		default: // Absent, Partial, Abandoned

@@ -50,9 +50,11 @@ const (
 // change of the same object (409). That is safe because every change is conditional.
 // A request without an answer is sent again after 5 seconds, an upload after 10
 // seconds and more, and each time the wait is twice as long. The client retries a zip
-// stream that breaks, and the chunks of a zip. An upload in chunks that makes no
-// progress for a time breaks off: 2 minutes and 38 seconds with chunks of 16 MiB, 32
-// seconds with the smallest. It is made again if the zip can be read again.
+// stream that breaks, and the chunks of a zip. A chunk of 16 MiB has to be sent in 74
+// seconds, the smallest, of 256 KiB, in 11 ([WithChunkSize]). An upload breaks off when a
+// chunk is not sent in two tries: after 2 minutes and 38 seconds, or 32 seconds. It is
+// made again if the zip can be read again. So a line has to carry 222 KiB a second, or 24
+// with the smallest chunks.
 //
 // # Permissions
 //
@@ -164,7 +166,7 @@ func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 // [DefaultStaleThreshold].
 //
 // A saver renews its marker four times in the threshold, but not more than once a
-// second. A renewal that gets no answer is sent again after 5 seconds. So under a
+// second. A renewal that gets no answer is sent again after 5 seconds, once. So under a
 // threshold of 30 seconds, a live holder of a claim may look dead. That, or machines
 // that disagree about the threshold, wastes uploads and harms nothing.
 //

@@ -382,8 +382,9 @@ func TestRenewalsFailed(t *testing.T) {
 		{"none", fakegcs.NoFault, 0, 0},
 		{"all", fakegcs.Unavailable, 1000, 3},
 		{"all hung", fakegcs.Hung, 1000, 3},
-		{"one hung", fakegcs.Hung, 1, 1},
-		{"one, for a moment", fakegcs.Unavailable, 1, 0}, // it is made again
+		{"one hung", fakegcs.Hung, 1, 0}, // it is made again
+		{"one hung twice", fakegcs.Hung, 2, 1},
+		{"one, for a moment", fakegcs.Unavailable, 1, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inCrowd(t, func(t *testing.T, f *fakeGCS) {

@@ -22,9 +22,10 @@ type waiter struct {
 	changed time.Time            // when
 }
 
-// mustWait reports whether to believe a marker that looks stale. Two calls that each
+// mustWait reports whether to believe a marker also if it looks stale. Two calls that each
 // think the other dead would take over from each other for ever. So a call that was
-// fenced waits until the object has not changed for the threshold.
+// fenced waits until the object has not changed for the threshold. So mustWait has to
+// see every look, also while the marker is fresh.
 func (w *waiter) mustWait(object *storage.ObjectAttrs) bool {
 	if !sameObject(w.last, object) {
 		w.last, w.changed = object, time.Now()
