@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"sync"
 	"testing"
@@ -221,6 +222,33 @@ func TestFencedCannotReread(t *testing.T) {
 		requireKind(t, err, KindUnexpected)
 		require.ErrorIs(t, err, errCannotReread)
 		requireExists(t, f.storage("b"), testVersion, false)
+	})
+}
+
+// unseekable fails to seek back.
+type unseekable struct {
+	io.ReadSeeker
+	err error
+}
+
+func (u unseekable) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekStart {
+		return 0, u.err
+	}
+	return u.ReadSeeker.Seek(offset, whence)
+}
+
+func TestFencedCannotSeek(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "patch" }, func() {
+			f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+		})
+		cause := errors.New("stale file handle")
+		zip := unseekable{bytes.NewReader(contentOf("a", 2<<20).zip), cause}
+		err := contentOf("a", 2<<20).saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), zip)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, errCannotReread)
+		require.ErrorIs(t, err, cause)
 	})
 }
 

@@ -39,7 +39,7 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 			return errCutShort // and not replaced: somebody may have finished the version
 		case isRefused(err) && seen != nil && sameObject(old, seen):
 			return err // refused for another reason than its condition
-		case round == maxRefused || !isRefused(err) && time.Since(start) >= retryLimit || !z.ready():
+		case round == maxRefused || !isRefused(err) && time.Since(start) >= retryLimit || z.ready() != nil:
 			return err
 		}
 		old = seen

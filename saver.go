@@ -139,12 +139,10 @@ func (g *saving) hold(ctx context.Context) error {
 		case g.waiter.mustWait(g.seen.mod) || state == InProgress:
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
-		case g.zip.err != nil:
-			return g.zip.err
-		case !g.zip.ready():
-			return errCannotReread
 		default: // Absent, Partial, Abandoned
-			held, err = g.takeOver(ctx, state)
+			if err = g.zip.ready(); err == nil {
+				held, err = g.takeOver(ctx, state)
+			}
 			if isRefused(err) && refused < maxRefused {
 				refused, err = refused+1, nil
 			}

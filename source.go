@@ -142,21 +142,17 @@ func (z *source) copyTo(ctx context.Context, write func([]byte) error) error {
 	}
 }
 
-// ready makes the source ready to be sent, again if need be, and reports whether
-// it is.
-func (z *source) ready() bool {
-	if z.err != nil {
-		return false
-	}
-	if !z.consumed {
-		return true
+// ready makes the source ready to be sent, again if need be, or says why it cannot.
+func (z *source) ready() error {
+	if z.err != nil || !z.consumed {
+		return z.err
 	}
 	if z.start < 0 {
-		return false
+		return errCannotReread
 	}
 	if _, err := z.r.(io.Seeker).Seek(z.start, io.SeekStart); err != nil {
-		return false
+		return fmt.Errorf("%w: %w", errCannotReread, err)
 	}
 	z.read = 0
-	return true
+	return nil
 }
