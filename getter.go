@@ -2,7 +2,9 @@ package gcs
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"time"
 
 	"cloud.google.com/go/storage"
 )
@@ -49,7 +51,7 @@ func (s *Storage) read(ctx context.Context, op, module, version, ext string) ([]
 // Zip returns a stream of the version's zip, which the caller must close, and whose
 // Size is that of the stored object. It makes one request, and holds none of the
 // zip in memory. When the connection breaks, reading goes on where it was, of the
-// same object. The stream ends with the context. A stream is used by one goroutine
+// same object. A Read that gets nothing for 5 minutes fails. The stream ends with the context. A stream is used by one goroutine
 // at a time; Zip itself is safe for concurrent use.
 //
 // A zip that is not there is KindNotFound.
@@ -79,7 +81,12 @@ type zipReader struct {
 func (z *zipReader) Size() int64 { return z.r.Attrs.Size }
 
 func (z *zipReader) Read(p []byte) (int, error) {
+	// The client asks for the rest of a broken stream without a limit.
+	stuck := time.AfterFunc(retryLimit, z.cancel)
 	n, err := z.r.Read(p)
+	if !stuck.Stop() && err != nil && err != io.EOF && z.ctx.Err() == nil {
+		err = fmt.Errorf("nothing came in %v: %w", retryLimit, err)
+	}
 	if err != io.EOF {
 		err = z.s.wrapError(z.ctx, "Zip", z.v, err)
 	}
