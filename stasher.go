@@ -159,6 +159,8 @@ func (f *flight) await(ctx context.Context) (held, complete bool, err error) {
 			// that too.
 			if held {
 				f.deleteClaim(ctx)
+			} else if seen.claim != nil { // its saver's, as a rule
+				f.awaited = seen.claim
 			}
 			err = f.waiter.pause(ctx, "save", seen.mod, f.s.staleThreshold())
 		case held:

@@ -679,6 +679,44 @@ func TestSingleFlightHolderFails(t *testing.T) {
 	}
 }
 
+// The same when it has saved for longer than a claim lives without renewals, and then
+// fails: whether they waited for its claim first, or came during its save.
+func TestSingleFlightSlowSaveFails(t *testing.T) {
+	forEach(t, inFleet, []time.Duration{500 * time.Millisecond, 5 * time.Second}, func(t *testing.T, f *fakeGCS, late time.Duration) {
+		start := time.Now()
+		var mu sync.Mutex
+		var begun []time.Duration
+		var group sync.WaitGroup
+		stash := func(machine string, next func(ctx context.Context, s *Storage) error) {
+			s := f.storage(machine)
+			group.Go(func() {
+				_, err := s.SingleFlight(stashFunc(func(ctx context.Context, _, vers string) (string, error) {
+					return vers, next(ctx, s)
+				})).Stash(t.Context(), testModule, testVersion)
+				require.Error(t, err)
+			})
+		}
+		stash("a", func(ctx context.Context, s *Storage) error {
+			time.Sleep(time.Second)
+			zip := io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
+			return contentOf("a", 100).saveFrom(ctx, s, zip)
+		})
+		time.Sleep(late)
+		for _, machine := range []string{"b", "c", "d"} {
+			stash(machine, func(context.Context, *Storage) error {
+				mu.Lock()
+				begun = append(begun, time.Since(start))
+				mu.Unlock()
+				time.Sleep(20 * time.Second)
+				return errGone
+			})
+		}
+		group.Wait()
+		require.Len(t, begun, 3)
+		require.Less(t, slices.Max(begun), time.Minute+time.Second+lastPoll)
+	})
+}
+
 // Every caller gets the answer of a fetch, and no refusal of a claim, however many
 // others were quicker.
 func TestSingleFlightAllFailQuickly(t *testing.T) {
