@@ -97,8 +97,8 @@
 // A request whose answer was lost is made again, and refused the second time. So a
 // refused request is followed by a read: the save knows its own objects by the save
 // id and the size, and its own commit by the generation. A create that arrives late,
-// after a delete, makes a .mod whose generation no .info and no .zip names. It never
-// becomes Unfinished. It is Abandoned when its marker is stale, and until then the
+// after a Delete or a Repair has removed what refused it before, makes a .mod whose
+// generation no .info and no .zip names. It never becomes Unfinished. It is Abandoned when its marker is stale, and until then the
 // next save waits. A save that fails while its create may still arrive writes a
 // given-up .mod itself, so that the late one is refused.
 //

@@ -207,10 +207,17 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 	if held, err := l.fenceLateAcquire(ctx, id); !held || err != nil {
 		return err
 	}
-	if err := l.mark(ctx, givenUp, id); !errors.Is(err, errFenced) {
-		return err
+	for {
+		if err := l.mark(ctx, givenUp, id); !errors.Is(err, errFenced) {
+			return err
+		}
+		// Somebody may have removed the object, and a create of this lease have
+		// arrived after that.
+		attrs, err := l.b.attrs(ctx, l.v, l.ext)
+		if err != nil || !l.recover(attrs) {
+			return err
+		}
 	}
-	return nil
 }
 
 // fenceLateAcquire brings a lease up to date whose acquire was not answered, and

@@ -597,22 +597,46 @@ func TestSaveForbidden(t *testing.T) {
 
 // A zip stream that breaks is asked for again for some minutes, and not for ever.
 func TestZipBreaksWithoutEnd(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Unavailable, fakegcs.Hung}, func(t *testing.T, f *fakeGCS, then fakegcs.Fault) {
 		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
 		n := 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if n++; n == 1 {
 				return fakegcs.LostBody
 			}
-			return fakegcs.Unavailable
+			return then
 		})
-		start := time.Now()
-		r, err := s.Zip(within(t, 24*time.Hour), testModule, testVersion)
+		r, err := f.storage("a").Zip(within(t, 24*time.Hour), testModule, testVersion)
 		require.NoError(t, err)
+		time.Sleep(time.Hour) // who reads may take his time
+		start := time.Now()
 		_, err = io.ReadAll(r)
-		require.Error(t, err)
+		requireError(t, err, KindUnexpected, "gcs.Zip", testModule, testVersion)
 		r.Close()
 		require.Less(t, time.Since(start), 2*retryLimit)
+	})
+}
+
+// A create that arrives late, during a save whose .mod somebody has deleted, is given
+// up with the save.
+func TestLateCreateDuringSave(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.tolerate()
+		var sent atomic.Bool
+		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool {
+			return r.Object == objectName(extMod) && sent.CompareAndSwap(false, true)
+		})
+		ctx := within(t, 10*time.Second)
+		time.AfterFunc(5*time.Second, func() {
+			f.Remove(objectName(extMod))
+			f.Land()
+		})
+		require.Error(t, contentOf("a", 100).saveSlowly(ctx, f.storage("a"), time.Minute))
+		start := time.Now()
+		b := contentOf("b", 100)
+		require.NoError(t, b.save(t.Context(), f.storage("b")))
+		require.Less(t, time.Since(start), time.Second)
+		requireStored(t, f, b)
 	})
 }
 

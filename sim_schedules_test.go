@@ -147,7 +147,7 @@ type rehearsal struct {
 	lifeGens [3]int64
 	lives    []string
 	fetching int
-	late     bool // a .mod arrived after its call had ended and the version was deleted: its marker is fresh
+	late     bool // a .mod arrived after its call had ended and what was there was removed: its marker is fresh
 	broken   []string
 	story    []string
 }
@@ -570,7 +570,8 @@ func (r *rehearsal) land(e *event) {
 	r.f.LandOne(slices.IndexFunc(r.f.Strays(), func(q fakegcs.Request) bool { return q.N == e.N }))
 	before := r.objects[objectName(extMod)]
 	r.inspect(e)
-	r.late = r.late || r.deletes() && e.actor.done && before == nil && r.objects[objectName(extMod)] != nil
+	removed := r.deletes() || slices.ContainsFunc(r.roles, func(do role) bool { return do.op == "Repair" })
+	r.late = r.late || removed && e.actor.done && before == nil && r.objects[objectName(extMod)] != nil
 }
 
 // jump lets the stale threshold pass on all clocks. No request times out.
