@@ -106,6 +106,7 @@ func (b *bucket) fillStates() {
 	b.put(r("mixed"), map[string]string{"save-id": "other"}, "zip")
 	b.put(r("unfinished"), marked("U", 0), "info", "mod", "zip")
 	b.put(r("staleclaim"), marked("S", 0), "lock")
+	b.put(r("futureclaim"), marked("S", -24*time.Hour), "lock")
 	b.Put("example.com/unrelated.txt", []byte("no module"), nil)
 	time.Sleep(3 * time.Hour)
 	b.put(r("inprogress"), marked("I", 10*time.Second), "mod")

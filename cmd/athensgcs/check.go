@@ -131,5 +131,5 @@ func (p *program) fate(v gcs.VersionStatus) string {
 // isClaimed reports whether the version's claim is fresh. A claim goes stale
 // after a quarter of the stale threshold.
 func (p *program) isClaimed(v gcs.VersionStatus) bool {
-	return !v.Claimed.IsZero() && time.Since(v.Claimed) < p.stale/4
+	return !v.Claimed.IsZero() && time.Since(v.Claimed).Abs() < p.stale/4
 }

@@ -62,11 +62,12 @@ Flags:
 	"verify": `Usage: athensgcs verify -bucket NAME [flags]
 
 Verify reads every complete version and checks that its zip is one that the go
-command takes, that the .mod is the go.mod in it, and that the .info names the
-version; and the checksums of .zip and .mod, if it is given a go.sum file or a
-checksum database to compare them with. It asks the database through the proxies
-in GOPROXY that serve it, and not for modules that match GONOSUMDB (or GOPRIVATE,
-where that is not set). It changes nothing. roles/storage.objectViewer permits it.
+command takes, that the .mod is the go.mod in it (or what the go command makes if
+there is none), and that the .info names the version. If it is given a go.sum file
+or a checksum database, it compares the checksums of .zip and .mod with them. It
+asks the database through the proxies in GOPROXY that serve it, and not for modules
+that match GONOSUMDB (or GOPRIVATE, where that is not set), which go env -w can set
+too. It changes nothing. roles/storage.objectViewer permits it.
 
 Examples:
     athensgcs verify -bucket my-modules

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -86,16 +87,42 @@ func newDatabase(ctx context.Context, gosumdb string, transport http.RoundTrippe
 		key:       key,
 		server:    verifier.Name(),
 		base:      strings.TrimSuffix(url, "/"),
-		gonosumdb: cmp.Or(os.Getenv("GONOSUMDB"), os.Getenv("GOPRIVATE")),
+		gonosumdb: cmp.Or(goEnv("GONOSUMDB"), goEnv("GOPRIVATE")),
 		unknown:   map[string]string{},
 	}
 	if d.base == "" {
-		d.base = d.route(cmp.Or(os.Getenv("GOPROXY"), "direct"))
+		d.base = d.route(cmp.Or(goEnv("GOPROXY"), "direct"))
 	}
 	if _, err := d.ReadRemote("/latest"); err != nil {
 		return nil, fmt.Errorf("%s does not answer: %w", d.server, err)
 	}
 	return d, nil
+}
+
+// goEnv returns what a variable of the go command was set to, in the environment or
+// with go env -w.
+func goEnv(name string) string {
+	if value := os.Getenv(name); value != "" {
+		return value
+	}
+	file := os.Getenv("GOENV")
+	if file == "" {
+		dir, err := os.UserConfigDir()
+		if err != nil {
+			return ""
+		}
+		file = filepath.Join(dir, "go", "env")
+	}
+	text, err := os.ReadFile(file)
+	if file == "off" || err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), name+"="); ok {
+			return value
+		}
+	}
+	return ""
 }
 
 // route returns the URL at the first proxy that serves the database, or its own.

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -44,6 +45,11 @@ func (b *bucket) fillModules() (sums map[string]string) {
 	add("Upper", nil)
 	add("nogomod", func(r *release) {
 		r.zip = newZip(r.module, r.version, map[string]string{"doc.go": "package doc\n"})
+		sums[r.module+"@"+r.version] = r.sums(b.t)
+	})
+	add("othernogomod", func(r *release) {
+		r.zip = newZip(r.module, r.version, map[string]string{"doc.go": "package doc\n"})
+		r.mod += "\nrequire example.com/evil v1.0.0\n"
 		sums[r.module+"@"+r.version] = r.sums(b.t)
 	})
 	add("poisoned", func(r *release) {
@@ -183,7 +189,30 @@ func clearGoEnv(t *testing.T) {
 	for _, name := range []string{"GOPROXY", "GONOSUMDB", "GOPRIVATE"} {
 		t.Setenv(name, "")
 	}
+	t.Setenv("GOENV", "off")
 	t.Setenv("TMPDIR", t.TempDir())
+}
+
+// TestGoEnv expects variables to be read as the go command reads them.
+func TestGoEnv(t *testing.T) {
+	clearGoEnv(t)
+	dir := t.TempDir()
+	t.Setenv("XDG_CONFIG_HOME", dir)
+	file := filepath.Join(dir, "go", "env")
+	require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
+	require.NoError(t, os.WriteFile(file, []byte("GOPROXY=off\nGOPRIVATE=corp.example.com\n"), 0o644))
+	assert.Empty(t, goEnv("GOPRIVATE"), "GOENV=off")
+	if runtime.GOOS == "linux" {
+		t.Setenv("GOENV", "")
+		assert.Equal(t, "corp.example.com", goEnv("GOPRIVATE"))
+	}
+	t.Setenv("GOENV", file)
+	assert.Equal(t, "corp.example.com", goEnv("GOPRIVATE"))
+	assert.Empty(t, goEnv("GONOSUMDB"))
+	t.Setenv("GOPRIVATE", "example.org")
+	assert.Equal(t, "example.org", goEnv("GOPRIVATE"))
+	t.Setenv("GOENV", filepath.Join(dir, "nothing"))
+	assert.Empty(t, goEnv("GOPROXY"))
 }
 
 func assertNoFiles(t *testing.T) {

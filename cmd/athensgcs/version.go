@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/mod/modfile"
 	"golang.org/x/mod/module"
 	"golang.org/x/mod/sumdb/dirhash"
 	modzip "golang.org/x/mod/zip"
@@ -157,10 +158,15 @@ func (r *result) checkZip(file string) error {
 	if err != nil {
 		return err
 	}
-	if inside != "" && inside != r.Mod {
-		r.wrong("mod", "differs from the go.mod in the zip", r.Mod, inside)
+	found := "the go.mod in the zip"
+	if inside == "" {
+		found = "what the go command makes for a zip without go.mod"
+		inside, err = hashMod([]byte("module " + modfile.AutoQuote(r.Module) + "\n"))
 	}
-	return nil
+	if err == nil && inside != r.Mod {
+		r.wrong("mod", "differs from "+found, r.Mod, inside)
+	}
+	return err
 }
 
 // hashModIn returns the checksum of the go.mod in a zip, or "" if there is none.
