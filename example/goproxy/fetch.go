@@ -157,6 +157,9 @@ func goCommand(ctx context.Context, dir string, env []string, args ...string) ([
 // upstreamError tells what does not exist from what could not be had. The go
 // command tells it in words only.
 func upstreamError(text string) error {
+	if strings.Contains(text, "executable file not found") { // such as git, here
+		return errors.New(text)
+	}
 	for _, words := range []string{
 		"404 Not Found", "410 Gone", "no such file or directory", // a proxy, over HTTP or in files
 		"not found", "unknown revision", "no matching versions", "unrecognized import path",

@@ -482,3 +482,9 @@ func write(t *testing.T, name, text string) {
 	require.NoError(t, os.MkdirAll(filepath.Dir(name), 0o777))
 	require.NoError(t, os.WriteFile(name, []byte(text), 0o666))
 }
+
+// A proxy without git does not say that modules do not exist.
+func TestBrokenProxy(t *testing.T) {
+	assert.Equal(t, http.StatusInternalServerError, statusOf(upstreamError(`exec: "git": executable file not found in $PATH`)))
+	assert.Equal(t, http.StatusNotFound, statusOf(upstreamError("unknown revision v1.0.0")))
+}
