@@ -49,6 +49,7 @@ type lease struct {
 	gen     int64                // of the object that is held, 0 for none
 	metagen int64                // the last known
 	renewed time.Time            // when the last renewal ended, by the monotonic clock
+	found   *storage.ObjectAttrs // what is there in its stead
 }
 
 // acquire writes the object with this holder's marker, if it is still the one
@@ -111,6 +112,7 @@ func (l *lease) change(ctx context.Context, request func(storage.Conditions) (*s
 		case readErr != nil:
 			return readErr
 		case !l.holds(attrs):
+			l.found = attrs
 			return errFenced
 		case !marked:
 			return errCleared
@@ -213,9 +215,8 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 		}
 		// Somebody may have removed the object, and a create of this lease have
 		// arrived after that.
-		attrs, err := l.b.attrs(ctx, l.v, l.ext)
-		if err != nil || !l.recover(attrs) {
-			return err
+		if !l.recover(l.found) {
+			return nil
 		}
 	}
 }
