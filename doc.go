@@ -98,18 +98,18 @@
 // refused request is followed by a read: the save knows its own objects by the save
 // id and the size, and its own commit by the generation. A create that arrives late,
 // after a Delete or a Repair has removed what refused it before, makes a .mod whose
-// generation no .info and no .zip names. It never becomes Unfinished. It is Abandoned when its marker is stale, and until then the
-// next save waits. A save that fails while its create may still arrive writes a
-// given-up .mod itself, so that the late one is refused.
+// generation no .info and no .zip names. It never becomes Unfinished. It is Abandoned
+// when its marker is stale, and until then the next save waits. A save that fails
+// while its create may still arrive writes a given-up .mod itself, so that the late
+// one is refused.
 //
 // No step of this looks at a clock. Clocks, and the stale threshold, decide only when
 // a holder is presumed dead. If that is wrong, its work is wasted, and no harm is
 // done. Two machines that each presume the other dead would take over from each other
 // for ever. So a save that was fenced, whose .mod was taken over, takes over an
 // abandoned version only when its .mod has not changed for the threshold, or is given
-// up. New calls do not know of
-// such a loss: while calls with clocks that are off by more than the threshold keep
-// coming, a version may be taken over again and again.
+// up. New calls do not know of such a loss: while calls with clocks that are off by
+// more than the threshold keep coming, a version may be taken over again and again.
 //
 // The argument relies on GCS for the atomicity of a conditional request, and for
 // strong consistency of reads and lists after writes

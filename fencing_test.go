@@ -244,8 +244,8 @@ func TestFencedCannotSeek(t *testing.T) {
 			f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 		})
 		cause := errors.New("stale file handle")
-		zip := unseekable{bytes.NewReader(contentOf("a", 2<<20).zip), cause}
-		err := contentOf("a", 2<<20).saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), zip)
+		a := contentOf("a", 2<<20)
+		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), unseekable{bytes.NewReader(a.zip), cause})
 		requireKind(t, err, KindUnexpected)
 		require.ErrorIs(t, err, errCannotReread)
 		require.ErrorIs(t, err, cause)

@@ -51,8 +51,9 @@ func (s *Storage) read(ctx context.Context, op, module, version, ext string) ([]
 // Zip returns a stream of the version's zip, which the caller must close, and whose
 // Size is that of the stored object. It makes one request, and holds none of the
 // zip in memory. When the connection breaks, reading goes on where it was, of the
-// same object. A Read that gets nothing for 5 minutes fails. The stream ends with the context. A stream is used by one goroutine
-// at a time; Zip itself is safe for concurrent use.
+// same object. A Read that gets nothing for 5 minutes fails. The stream ends with the
+// context. A stream is used by one goroutine at a time; Zip itself is safe for
+// concurrent use.
 //
 // A zip that is not there is KindNotFound.
 func (s *Storage) Zip(ctx context.Context, module, version string) (SizeReadCloser, error) {

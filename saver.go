@@ -136,7 +136,7 @@ func (g *saving) hold(ctx context.Context) error {
 			return errFinished
 		case state == Complete:
 			return errExists
-		case g.waiter.mustWait(g.seen.mod) || state == InProgress:
+		case g.waiter.mustWait(g.seen.mod, state):
 			refused = 0
 			err = g.waiter.pause(ctx, "save", g.seen.mod, g.s.staleThreshold())
 		default: // Absent, Partial, Abandoned

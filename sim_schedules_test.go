@@ -440,7 +440,7 @@ func (r *rehearsal) play(a *actor, do role) {
 		r.report("%s, and its version was never complete", said)
 	case complete && len(a.saw) == 0:
 		r.report("%s, and no version was complete during the call", said)
-	case complete && r.life == "" && !r.deletes():
+	case complete && r.life == "" && !r.plays("Delete"):
 		r.report("%s, and no version is complete", said)
 	case a.always && (result == "false" || result == "not found" || result == "absent"):
 		r.report("%s, and a version was complete all the time", said)
@@ -449,8 +449,9 @@ func (r *rehearsal) play(a *actor, do role) {
 	r.story = append(r.story, "    "+said)
 }
 
-func (r *rehearsal) deletes() bool {
-	return slices.ContainsFunc(r.roles, func(do role) bool { return do.op == "Delete" })
+// plays reports whether somebody in the scene makes that call.
+func (r *rehearsal) plays(op string) bool {
+	return slices.ContainsFunc(r.roles, func(do role) bool { return do.op == op })
 }
 
 // A choice is what can happen next.
@@ -570,8 +571,7 @@ func (r *rehearsal) land(e *event) {
 	r.f.LandOne(slices.IndexFunc(r.f.Strays(), func(q fakegcs.Request) bool { return q.N == e.N }))
 	before := r.objects[objectName(extMod)]
 	r.inspect(e)
-	removed := r.deletes() || slices.ContainsFunc(r.roles, func(do role) bool { return do.op == "Repair" })
-	r.late = r.late || removed && e.actor.done && before == nil && r.objects[objectName(extMod)] != nil
+	r.late = r.late || (r.plays("Delete") || r.plays("Repair")) && e.actor.done && before == nil && r.objects[objectName(extMod)] != nil
 }
 
 // jump lets the stale threshold pass on all clocks. No request times out.
@@ -721,7 +721,7 @@ func (r *rehearsal) epilogue() {
 	crashed := false
 	for _, a := range r.actors {
 		crashed = crashed || a.crashed
-		owner := r.life == a.name || slices.Contains(r.lives, a.name) && !r.deletes()
+		owner := r.life == a.name || slices.Contains(r.lives, a.name) && !r.plays("Delete")
 		if owner && a.op == "Save" && !a.crashed && !a.cancelled && r.left["unmet"] == r.faults["unmet"] && a.result != "Save nil. " {
 			r.report("the version of %s was complete, and its call says: %s", a.name, a.result)
 		}
@@ -823,6 +823,17 @@ func (sc *scene) explore(t *testing.T, limit time.Duration) *exploration {
 	}
 	ex.took = time.Since(start)
 	return ex
+}
+
+// exploreBounded says up to how many preemptions a scene can be exhausted.
+func (sc *scene) exploreBounded(t *testing.T, limit time.Duration) {
+	for sc.bound = 1; sc.bound < 10 && !t.Failed(); sc.bound++ {
+		ex := sc.explore(t, limit)
+		if len(ex.todo) > 0 && len(ex.broken) == 0 {
+			return
+		}
+		ex.report(t)
+	}
 }
 
 // follow replays a path, and goes on with the first choice of each new state.
@@ -1105,13 +1116,8 @@ func TestSchedules(t *testing.T) {
 				if replay {
 					t.Log(strings.Join(ex.story, "\n"))
 				}
-				if all && !replay && len(ex.todo) > 0 { // say how many preemptions are exhausted
-					for sc.bound = 1; sc.bound < 10 && !t.Failed(); sc.bound++ {
-						if ex = sc.explore(t, limit); len(ex.todo) > 0 && len(ex.broken) == 0 {
-							break
-						}
-						ex.report(t)
-					}
+				if all && !replay && len(ex.todo) > 0 {
+					sc.exploreBounded(t, limit)
 				}
 			})
 		}

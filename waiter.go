@@ -22,16 +22,16 @@ type waiter struct {
 	changed time.Time            // when
 }
 
-// mustWait reports whether to believe a marker also if it looks stale. Two calls that each
-// think the other dead would take over from each other for ever. So a call that was
-// fenced waits until the object has not changed for the threshold. So mustWait has to
-// see every look, also while the marker is fresh.
-func (w *waiter) mustWait(object *storage.ObjectAttrs) bool {
+// mustWait reports whether the object's marker is to be believed: it is fresh, or it
+// looks stale and the call was fenced. Two calls that each think the other dead would
+// take over from each other for ever. So a call that was fenced waits until the object
+// has not changed for the threshold.
+func (w *waiter) mustWait(object *storage.ObjectAttrs, state State) bool {
 	if !sameObject(w.last, object) {
 		w.last, w.changed = object, time.Now()
 	}
 	m, _ := readMarker(object)
-	return w.fenced && !m.isGivenUp() && time.Since(w.changed) < w.s.staleThreshold()
+	return state == InProgress || w.fenced && !m.isGivenUp() && time.Since(w.changed) < w.s.staleThreshold()
 }
 
 // pause waits until it is worth looking again at the object, whose marker another

@@ -106,7 +106,10 @@ func goEnv(name string) string {
 		return value
 	}
 	file := os.Getenv("GOENV")
-	if file == "" {
+	switch file {
+	case "off":
+		return ""
+	case "":
 		dir, err := os.UserConfigDir()
 		if err != nil {
 			return ""
@@ -114,7 +117,7 @@ func goEnv(name string) string {
 		file = filepath.Join(dir, "go", "env")
 	}
 	text, err := os.ReadFile(file)
-	if file == "off" || err != nil {
+	if err != nil {
 		return ""
 	}
 	for line := range strings.Lines(string(text)) {

@@ -306,6 +306,9 @@ func (f *Server) arrive(m *Machine, r *http.Request) *call {
 	}
 	if r.URL.Host == "" { // as a server sees it
 		c.base = "http://" + r.Host
+		if r.TLS != nil {
+			c.base = "https://" + r.Host
+		}
 	}
 	path := r.URL.Path
 	if rest, ok := strings.CutPrefix(path, "/upload/storage/v1/b/"); ok && (r.Method == http.MethodPost || r.Method == http.MethodPut) {
