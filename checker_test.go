@@ -220,7 +220,7 @@ func TestExistsAfterRace(t *testing.T) {
 // The answer to the request that finishes a version may be lost.
 func TestExistsFaults(t *testing.T) {
 	for n, op := range []string{"list", "patch"} {
-		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
+		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					unfinishedVersion(f, testVersionName)

@@ -70,7 +70,7 @@ func TestDeleteSubsets(t *testing.T) {
 // Every request of a delete can fail once, applied or not.
 func TestDeleteFaults(t *testing.T) {
 	for n := range 4 {
-		for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
+		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
 			t.Run(fmt.Sprintf("request %d %v", n, fault), func(t *testing.T) {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					storeVersion(f, testModule, testVersion)

@@ -102,7 +102,7 @@ func TestReadMissing(t *testing.T) {
 
 // What goes wrong once is not the caller's concern.
 func TestReadFaults(t *testing.T) {
-	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung} {
+	for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung} {
 		t.Run(fault.String(), func(t *testing.T) {
 			forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
 				if fault == fakegcs.Hung && op == "Zip" {

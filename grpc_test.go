@@ -209,7 +209,7 @@ func TestAnswersOverBoth(t *testing.T) {
 // A fault that passes is not noticed.
 func TestPassingFaultsOverBoth(t *testing.T) {
 	for _, fault := range []fakegcs.Fault{
-		fakegcs.TooMany, fakegcs.Unavailable, fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Hung, fakegcs.HungApplied,
+		fakegcs.TooMany, fakegcs.Unavailable, fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Hung, fakegcs.HungApplied,
 	} {
 		t.Run(fault.String(), func(t *testing.T) {
 			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {

@@ -170,7 +170,7 @@ func TestOtherServers(t *testing.T) {
 
 // What goes wrong on one page adds no version twice.
 func TestListFaults(t *testing.T) {
-	for fault := fakegcs.Refused; fault <= fakegcs.HungApplied; fault++ {
+	for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
 		t.Run(fault.String(), func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 				var want []string

@@ -118,7 +118,7 @@ func TestCheckNothingPermitted(t *testing.T) {
 }
 
 func TestCheckFaults(t *testing.T) {
-	faults := []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
+	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
 	forEach(t, inCrowd, faults, func(t *testing.T, f *fakeGCS, fault fakegcs.Fault) {
 		f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
 		start := time.Now()
@@ -130,7 +130,7 @@ func TestCheckFaults(t *testing.T) {
 
 // A bucket that cannot be reached is asked one question, for as long as any other.
 func TestCheckUnreachable(t *testing.T) {
-	faults := []fakegcs.Fault{fakegcs.Refused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
+	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
 	for _, fault := range faults {
 		t.Run(fault.String(), func(t *testing.T) {
 			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {

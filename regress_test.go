@@ -126,7 +126,7 @@ func TestOwnZipIsNotReplaced(t *testing.T) {
 				starts, chunks = starts+1, 0
 				if c.refused && starts == 2 {
 					arrive()
-					return fakegcs.Unmet
+					return fakegcs.PreconditionFailed
 				}
 			case "chunk", "query":
 				switch chunks++; {
@@ -157,7 +157,7 @@ func TestOwnObjectCutShort(t *testing.T) {
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if r.Op == "insert" && r.Object == objectName(ext) {
 				f.Put(objectName(ext), []byte("half"), r.Metadata)
-				return fakegcs.Unmet
+				return fakegcs.PreconditionFailed
 			}
 			return fakegcs.NoFault
 		})
@@ -835,7 +835,7 @@ func TestOwnZipOfSecondPass(t *testing.T) {
 			case r.Op == "start":
 				if starts, chunks = starts+1, 0; starts == 3 {
 					f.Land()
-					return fakegcs.Unmet
+					return fakegcs.PreconditionFailed
 				}
 			case r.Op == "chunk" || r.Op == "query":
 				if chunks++; starts == 2 && chunks == 3 {

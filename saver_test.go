@@ -551,7 +551,7 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 					leave(f, nil, extInfo)
 					time.Sleep(time.Second)
 				}
-				f.fault(fakegcs.Unmet, func(r *fakegcs.Request) bool { return r.Op == op && r.Object == objectName(ext) })
+				f.fault(fakegcs.PreconditionFailed, func(r *fakegcs.Request) bool { return r.Op == op && r.Object == objectName(ext) })
 				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 				requireKind(t, err, KindUnexpected)
 				require.True(t, isRefused(err))

@@ -150,7 +150,7 @@ func TestOneFault(t *testing.T) {
 			t.Parallel()
 			want, usually, names := sc.play(t, "", fakegcs.NoFault)
 			for _, at := range names {
-				for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray} {
+				for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray} {
 					end, took, _ := sc.play(t, at, fault)
 					limit := usually + faultLimit
 					if strings.HasPrefix(at, "start") || strings.HasPrefix(at, "chunk") {

@@ -65,7 +65,7 @@ type role struct {
 // requestFaults are the faults of one request. The others are: crash and cancel, of an
 // actor; stale, the threshold passes on all clocks; renew, time passes until a
 // renewal is due.
-var requestFaults = map[string]fakegcs.Fault{"lost": fakegcs.LostReset, "stray": fakegcs.StrayReset, "unmet": fakegcs.Unmet}
+var requestFaults = map[string]fakegcs.Fault{"lost": fakegcs.LostReset, "stray": fakegcs.StrayReset, "unmet": fakegcs.PreconditionFailed}
 
 // An actor plays a role on a machine of its own.
 type actor struct {

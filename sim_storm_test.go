@@ -539,7 +539,7 @@ func (w *storm) weather(ctx context.Context, r *fakegcs.Request) fakegcs.Fault {
 		time.AfterFunc(time.Second, m.cancel) // nobody hears the calls' ends, but they have to end
 		return []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter}[rng.IntN(2)]
 	}
-	return []fakegcs.Fault{fakegcs.Refused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}[rng.IntN(9)]
+	return []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}[rng.IntN(9)]
 }
 
 // inspect holds what is in the bucket against the invariants.

@@ -1082,7 +1082,7 @@ func TestSingleFlightNoList(t *testing.T) {
 // version is fetched once and no claim remains.
 func TestSingleFlightFaults(t *testing.T) {
 	const threshold = 80 * time.Second
-	for _, fault := range []fakegcs.Fault{fakegcs.Refused, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.Hung, fakegcs.HungApplied} {
+	for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.Hung, fakegcs.HungApplied} {
 		for _, leaves := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v leaves %v", fault, leaves), func(t *testing.T) {
 				for n, met := 0, true; met; n++ {
@@ -1311,7 +1311,7 @@ func TestClaimBesideComplete(t *testing.T) {
 				return fakegcs.StrayReset
 			case 2:
 				storeVersion(f, testModule, testVersion)
-				return fakegcs.Unmet
+				return fakegcs.PreconditionFailed
 			}
 			return fakegcs.NoFault
 		})

@@ -129,24 +129,24 @@ func (r Request) String() string {
 type Fault int
 
 const (
-	NoFault     Fault = iota
-	Refused           // not applied; connection refused
-	LostReset         // applied; connection reset by peer
-	LostEOF           // applied; io.EOF, the connection closed with no answer
-	LostBody          // applied; the answer's body breaks off midway with io.ErrUnexpectedEOF
-	Unavailable       // not applied; 503
-	TooMany           // not applied; 429
-	Hung              // not applied; no answer until the context ends
-	HungApplied       // applied; no answer until the context ends
-	CrashBefore       // not applied; the machine crashes
-	CrashAfter        // applied; the machine crashes
-	Unmet             // not applied; 412, as of a condition
-	Stray             // no answer until the context ends; applied by Land
-	StrayReset        // connection reset by peer; applied by Land
+	NoFault            Fault = iota
+	ConnectionRefused        // not applied; connection refused
+	LostReset                // applied; connection reset by peer
+	LostEOF                  // applied; io.EOF, the connection closed with no answer
+	LostBody                 // applied; the answer's body breaks off midway with io.ErrUnexpectedEOF
+	Unavailable              // not applied; 503
+	TooMany                  // not applied; 429
+	Hung                     // not applied; no answer until the context ends
+	HungApplied              // applied; no answer until the context ends
+	CrashBefore              // not applied; the machine crashes
+	CrashAfter               // applied; the machine crashes
+	PreconditionFailed       // not applied; 412, as of a condition
+	Stray                    // no answer until the context ends; applied by Land
+	StrayReset               // connection reset by peer; applied by Land
 )
 
 func (k Fault) String() string {
-	return [...]string{"NoFault", "Refused", "LostReset", "LostEOF", "LostBody", "Unavailable", "TooMany", "Hung", "HungApplied", "CrashBefore", "CrashAfter", "Unmet", "Stray", "StrayReset"}[k]
+	return [...]string{"NoFault", "ConnectionRefused", "LostReset", "LostEOF", "LostBody", "Unavailable", "TooMany", "Hung", "HungApplied", "CrashBefore", "CrashAfter", "PreconditionFailed", "Stray", "StrayReset"}[k]
 }
 
 // New returns an empty bucket.

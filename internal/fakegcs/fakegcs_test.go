@@ -227,7 +227,7 @@ func TestRefusalBody(t *testing.T) {
 	})
 }
 
-// A session is not Refused when it starts, only when it is finalized.
+// A session is not refused when it starts, only when it is finalized.
 func TestResumableUpload(t *testing.T) {
 	content := bytes.Repeat([]byte("0123456789abcdef"), 40<<10) // 640 KiB
 	create := storage.Conditions{DoesNotExist: true}
@@ -280,7 +280,7 @@ func TestResumableUpload(t *testing.T) {
 			require.Equal(t, "other", string(f.Get("o").Data))
 		})
 	})
-	for _, fault := range []Fault{Refused, LostReset, LostBody, Unavailable, TooMany} {
+	for _, fault := range []Fault{ConnectionRefused, LostReset, LostBody, Unavailable, TooMany} {
 		for n := range 4 {
 			t.Run(fmt.Sprintf("%v of request %d", fault, n), func(t *testing.T) {
 				bubble(t, func(t *testing.T, f *Server, m *Machine) {
@@ -743,7 +743,7 @@ func TestFaults(t *testing.T) {
 		retried bool // by the client, when it retries
 	}{
 		{fault: NoFault, applied: true, status: 200},
-		{fault: Refused, want: syscall.ECONNREFUSED, retried: true},
+		{fault: ConnectionRefused, want: syscall.ECONNREFUSED, retried: true},
 		{fault: LostReset, applied: true, want: syscall.ECONNRESET, retried: true},
 		{fault: LostEOF, applied: true, want: io.EOF},
 		{fault: LostBody, applied: true, want: io.ErrUnexpectedEOF},
@@ -895,7 +895,7 @@ func TestStray(t *testing.T) {
 		require.Equal(t, []string{"o", "p"}, f.Names())
 		log := f.Log()
 		require.True(t, log[0].Applied && log[1].Applied)
-		require.False(t, log[2].Applied) // Refused: it exists
+		require.False(t, log[2].Applied) // refused: it exists
 		f.Remove("o")
 		f.Land()
 		require.Nil(t, f.Get("o"))
@@ -1169,7 +1169,7 @@ func TestRates(t *testing.T) {
 				require.Equal(t, 200, update())
 				require.Len(t, f.RateViolations(), 2*violations)
 
-				// What is Refused does not count.
+				// What is refused does not count.
 				time.Sleep(time.Second)
 				for range 2 {
 					_, err := uploadObject(t.Context(), o.If(storage.Conditions{DoesNotExist: true}), nil, nil)
@@ -1423,7 +1423,7 @@ func TestListens(t *testing.T) {
 		applied bool
 		want    error
 	}{
-		{Refused, false, syscall.ECONNRESET},
+		{ConnectionRefused, false, syscall.ECONNRESET},
 		{LostReset, true, syscall.ECONNRESET},
 		{LostEOF, true, io.EOF},
 		{LostBody, true, io.ErrUnexpectedEOF},

@@ -233,7 +233,7 @@ func TestGRPCAgrees(t *testing.T) {
 		"answers": func(s *script) {
 			s.Put("a", nil, nil)
 			s.bucket = s.bucket.Retryer(storage.WithPolicy(storage.RetryNever))
-			for _, fault := range []Fault{Unavailable, TooMany, Unmet} {
+			for _, fault := range []Fault{Unavailable, TooMany, PreconditionFailed} {
 				s.OnRequest(func(context.Context, *Request) Fault { return fault })
 				s.upload("b", storage.Conditions{DoesNotExist: true}, 1, 256<<10, nil, nil)
 				s.upload("b", storage.Conditions{DoesNotExist: true}, 1, 0, nil, nil)
@@ -283,7 +283,7 @@ func overGRPC(t *testing.T, test func(t *testing.T, f *Server, m *Machine)) {
 // A fault of a request is one of a call.
 func TestGRPCFaults(t *testing.T) {
 	for fault, applied := range map[Fault]bool{
-		Refused: false, LostReset: true, LostEOF: true, LostBody: true, Unavailable: false, StrayReset: false,
+		ConnectionRefused: false, LostReset: true, LostEOF: true, LostBody: true, Unavailable: false, StrayReset: false,
 	} {
 		t.Run(fault.String(), func(t *testing.T) {
 			overGRPC(t, func(t *testing.T, f *Server, m *Machine) {

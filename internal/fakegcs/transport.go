@@ -146,7 +146,7 @@ func (f *Server) carry(r *http.Request, c *call) (*http.Response, error) {
 	c.Fault = fault
 	f.mu.Unlock()
 	switch fault {
-	case Refused:
+	case ConnectionRefused:
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	case Hung:
 		return nil, f.hang(ctx)
@@ -220,7 +220,7 @@ func (f *Server) applyWhenRunning(ctx context.Context, c *call) (*answer, error)
 			a = jsonFailure(http.StatusServiceUnavailable, "backendError", "We encountered an internal error. Please try again.")
 		case TooMany:
 			a = tooManyRequests(c.Object)
-		case Unmet:
+		case PreconditionFailed:
 			a = jsonFailure(http.StatusPreconditionFailed, "conditionNotMet", conditionNotMet)
 		default:
 			a = f.apply(c)
