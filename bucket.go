@@ -34,7 +34,8 @@ type bucket struct {
 	chunkSize int
 	log       *slog.Logger
 	rand      func(n time.Duration) time.Duration // a random time below n
-	noClear   sync.Once                           // says that the server does not clear metadata
+	noClear   *sync.Once                          // says that the server does not clear metadata
+	insists   bool                                // see insistent
 }
 
 // defaultChunkSize is the client's own default: a round trip each time that many
@@ -46,7 +47,17 @@ func newBucket(handle *storage.BucketHandle) *bucket {
 		handle:    handle.Retryer(storage.WithPolicy(storage.RetryNever)),
 		chunkSize: defaultChunkSize,
 		rand:      rand.N[time.Duration],
+		noClear:   new(sync.Once),
 	}
+}
+
+// insistent returns a bucket that makes a request again after every failure but a
+// refused precondition and an absent object, until the context ends. Giving up needs
+// that: what fails it blocks the version for others.
+func (b *bucket) insistent() *bucket {
+	c := *b
+	c.insists = true
+	return &c
 }
 
 // check returns an error of KindBadRequest if the version cannot be in the bucket.
@@ -117,7 +128,8 @@ func (b *bucket) do(ctx context.Context, timeout time.Duration, request func(con
 		// say that it passed.
 		hung := err != nil && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
 		cancel()
-		if err == nil || ctx.Err() != nil || !hung && !isTransient(err) {
+		again := hung || isTransient(err) || b.insists && !isPreconditionFailed(err) && !isAbsentObject(err)
+		if err == nil || ctx.Err() != nil || !again {
 			return err
 		}
 		if waited := time.Since(start); waited >= retryLimit {

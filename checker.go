@@ -53,7 +53,7 @@ func (s *Storage) resolve(ctx context.Context, v ModuleVersion, seen snapshot) (
 			s.log.InfoContext(ctx, "finished another's save", "module", v.Module, "version", v.Version)
 			return seen, Complete, true, nil
 		}
-		if !isRefused(err) && !isAbsent(err) {
+		if !isPreconditionFailed(err) && !isAbsent(err) {
 			return seen, state, false, err
 		}
 		again, lookErr := s.bucket.look(ctx, v)

@@ -329,7 +329,7 @@ func (b *bench) probe(t *testing.T) (lacks map[ability]string) {
 			continue
 		}
 		require.Error(t, err, probe.name)
-		require.True(t, isRefused(err), "%s: %v", probe.name, err)
+		require.True(t, isPreconditionFailed(err), "%s: %v", probe.name, err)
 		var e *googleapi.Error
 		if errors.As(err, &e) {
 			require.Equal(t, 412, e.Code)

@@ -39,7 +39,7 @@ func (s *Storage) delete(ctx context.Context, v ModuleVersion) error {
 			return errNothing
 		}
 		removed, err := s.bucket.removeVersion(ctx, v, seen)
-		if removed || err != nil && (!isRefused(err) || round == maxRefused) {
+		if removed || err != nil && (!isPreconditionFailed(err) || round == maxRefused) {
 			return err
 		}
 		// A save is under way, or is complete by now, and has stored more than was seen.
@@ -47,7 +47,7 @@ func (s *Storage) delete(ctx context.Context, v ModuleVersion) error {
 }
 
 // removeVersion deletes the objects that were listed, the .mod first. It deletes
-// nothing, and reports false or an error that isRefused, if the .mod has changed.
+// nothing, and reports false or an error that isPreconditionFailed, if the .mod has changed.
 func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot) (removed bool, err error) {
 	if seen.mod == nil {
 		// The .mod may have come while the version was listed, and the rest be of
@@ -64,7 +64,7 @@ func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapsh
 		if o := *seen.slot(ext); o != nil {
 			group.Go(func() error {
 				err := b.remove(ctx, v, ext, ifNotReplaced(o))
-				if isRefused(err) {
+				if isPreconditionFailed(err) {
 					return nil // replaced: another save's
 				}
 				return err

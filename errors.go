@@ -139,10 +139,10 @@ func hasCode(err error, httpCode int, grpcCode codes.Code) bool {
 	return ok && err != nil && s.Code() == grpcCode
 }
 
-// isRefused reports whether GCS refused the request's precondition. The same
+// isPreconditionFailed reports whether GCS refused the request's precondition. The same
 // answer has other reasons too, and an earlier try may have been applied. So the
 // caller reads back before it decides.
-func isRefused(err error) bool {
+func isPreconditionFailed(err error) bool {
 	return hasCode(err, http.StatusPreconditionFailed, codes.FailedPrecondition)
 }
 
@@ -150,6 +150,11 @@ func isRefused(err error) bool {
 func isAbsent(err error) bool {
 	return errors.Is(err, storage.ErrObjectNotExist) || errors.Is(err, storage.ErrBucketNotExist) ||
 		hasCode(err, http.StatusNotFound, codes.NotFound)
+}
+
+// isAbsentObject reports whether the object does not exist, and the bucket does.
+func isAbsentObject(err error) bool {
+	return isAbsent(err) && !errors.Is(err, storage.ErrBucketNotExist) && !strings.Contains(err.Error(), "bucket does not exist")
 }
 
 func isForbidden(err error) bool {

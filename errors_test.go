@@ -92,7 +92,7 @@ func asAPI(t *testing.T, code codes.Code) error {
 
 func TestErrorsOfBothTransports(t *testing.T) {
 	predicates := map[string]func(error) bool{
-		"refused": isRefused, "forbidden": isForbidden, "absent": isAbsent, "transient": isTransient,
+		"refused": isPreconditionFailed, "forbidden": isForbidden, "absent": isAbsent, "transient": isTransient,
 	}
 	for _, tc := range []struct {
 		name string

@@ -63,7 +63,7 @@ func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
 	switch {
 	case err == nil:
 		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
-	case (isRefused(err) || isForbidden(err)) && l.sent == 1:
+	case (isPreconditionFailed(err) || isForbidden(err)) && l.sent == 1:
 		l.sent = 0 // nothing is on its way
 	}
 	return err
@@ -101,7 +101,7 @@ func (l *lease) change(ctx context.Context, request func(storage.Conditions) (*s
 		if err == nil {
 			l.metagen = attrs.Metageneration
 		}
-		if !isRefused(err) && !isAbsent(err) {
+		if !isPreconditionFailed(err) && !isAbsent(err) {
 			return err
 		}
 		// Another has changed the object, or an earlier request of this holder
@@ -235,7 +235,7 @@ func (l *lease) fenceLateAcquire(ctx context.Context, id string) (held bool, err
 			return false, nil
 		}
 		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(attrs), func() map[string]string { return marked(givenUp, id) }, l.body)
-		if !isRefused(err) {
+		if !isPreconditionFailed(err) {
 			return false, err
 		}
 	}

@@ -21,7 +21,7 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 	start := time.Now()
 	for round := 0; ; round++ {
 		err := l.send(ctx, ext, ifNotReplaced(old), z)
-		if !isRefused(err) && !errors.Is(err, errBrokenOff) {
+		if !isPreconditionFailed(err) && !errors.Is(err, errBrokenOff) {
 			return err
 		}
 		// The .mod is read last: if it is still this save's own, the object is not
@@ -37,9 +37,9 @@ func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs
 			return nil
 		case seen != nil && seen.Metadata[keySaveID] == l.id:
 			return errCutShort // and not replaced: somebody may have finished the version
-		case isRefused(err) && seen != nil && sameObject(old, seen):
+		case isPreconditionFailed(err) && seen != nil && sameObject(old, seen):
 			return err // refused for another reason than its condition
-		case round == maxRefused || !isRefused(err) && time.Since(start) >= retryLimit || z.ready() != nil:
+		case round == maxRefused || !isPreconditionFailed(err) && time.Since(start) >= retryLimit || z.ready() != nil:
 			return err
 		}
 		old = seen

@@ -821,7 +821,7 @@ func TestDeleteRefusedAgainAndAgain(t *testing.T) {
 			return fakegcs.NoFault
 		})
 		err := everyCall(f.storage("a"))[call](t.Context())
-		require.True(t, isRefused(err), "%v", err)
+		require.True(t, isPreconditionFailed(err), "%v", err)
 		require.Less(t, len(f.Log()), 100)
 	})
 }

@@ -49,7 +49,7 @@ func (s *Storage) repair(ctx context.Context, v ModuleVersion) (State, error) {
 				continue
 			}
 			removed, err := s.bucket.removeVersion(ctx, v, seen)
-			if !removed && (err == nil || isRefused(err) && round < maxRefused) {
+			if !removed && (err == nil || isPreconditionFailed(err) && round < maxRefused) {
 				continue
 			}
 			if err != nil {
@@ -68,7 +68,7 @@ func (s *Storage) removeStaleClaim(ctx context.Context, v ModuleVersion, seen sn
 		return nil
 	}
 	err := s.bucket.remove(ctx, v, extClaim, ifUnchanged(seen.claim))
-	if isRefused(err) {
+	if isPreconditionFailed(err) {
 		return nil // renewed, or taken over
 	}
 	return err

@@ -21,7 +21,7 @@ func (b *bucket) attrs(ctx context.Context, v ModuleVersion, ext string) (attrs 
 		attrs, err = b.object(v, ext).Attrs(ctx)
 		return withPermission(err, "storage.objects.get")
 	})
-	if isAbsent(err) {
+	if isAbsentObject(err) {
 		return nil, nil
 	}
 	return attrs, err
@@ -62,7 +62,7 @@ func (b *bucket) remove(ctx context.Context, v ModuleVersion, ext string, cond s
 	err := b.do(ctx, requestTimeout, func(ctx context.Context) error {
 		return withPermission(b.object(v, ext).If(cond).Delete(ctx), "storage.objects.delete")
 	})
-	if isAbsent(err) {
+	if isAbsentObject(err) {
 		return nil
 	}
 	return err

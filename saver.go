@@ -143,7 +143,7 @@ func (g *saving) hold(ctx context.Context) error {
 			if err = g.zip.ready(); err == nil {
 				held, err = g.takeOver(ctx, state)
 			}
-			if isRefused(err) && refused < maxRefused {
+			if isPreconditionFailed(err) && refused < maxRefused {
 				refused, err = refused+1, nil
 			}
 		}
@@ -167,7 +167,7 @@ func (g *saving) create(ctx context.Context) (held bool, err error) {
 	g.seen, err = g.s.bucket.look(ctx, g.v)
 	createErr := group.Wait()
 	switch {
-	case createErr != nil && !isRefused(createErr):
+	case createErr != nil && !isPreconditionFailed(createErr):
 		return false, createErr
 	case err != nil:
 		return false, err

@@ -554,7 +554,7 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 				f.fault(fakegcs.PreconditionFailed, func(r *fakegcs.Request) bool { return r.Op == op && r.Object == objectName(ext) })
 				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 				requireKind(t, err, KindUnexpected)
-				require.True(t, isRefused(err))
+				require.True(t, isPreconditionFailed(err))
 				require.Less(t, len(f.Log()), most)
 			})
 		})

@@ -173,7 +173,7 @@ func (f *flight) await(ctx context.Context) (held, complete bool, err error) {
 		default:
 			// When it is acquired, look again: the version may have been stored since.
 			err = f.acquire(ctx, seen.claim)
-			if isRefused(err) && refused < maxRefused {
+			if isPreconditionFailed(err) && refused < maxRefused {
 				refused, err = refused+1, nil
 			}
 		}
@@ -227,7 +227,7 @@ func (f *flight) deleteClaim(ctx context.Context) {
 		err = f.s.bucket.remove(ctx, f.v, extClaim, ifNotReplaced(&storage.ObjectAttrs{Generation: f.lease.gen}))
 	}
 	switch {
-	case err == nil || isRefused(err):
+	case err == nil || isPreconditionFailed(err):
 	case isForbidden(err):
 		f.forbidden(ctx, errors.Join(err, f.lease.release(ctx, false)))
 	default:

@@ -58,7 +58,7 @@ func withWritePermission(err error, cond storage.Conditions) error {
 }
 
 // put stores an object that is in memory, in one request, with metadata made for
-// each try. An error that isRefused can mean that an earlier try was applied.
+// each try. An error that isPreconditionFailed can mean that an earlier try was applied.
 //
 // The client's own retries need a buffer for each upload, of 256 KiB for a go.mod
 // of 100 bytes. Here the bytes are at hand.
