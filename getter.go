@@ -77,6 +77,7 @@ type zipReader struct {
 	ctx    context.Context // the caller's
 	cancel context.CancelFunc
 	v      ModuleVersion
+	err    error // of the Read that failed, if any
 }
 
 func (z *zipReader) Size() int64 { return z.r.Attrs.Size }
@@ -89,12 +90,19 @@ func (z *zipReader) Read(p []byte) (int, error) {
 		err = fmt.Errorf("nothing came in %v: %w", retryLimit, err)
 	}
 	if err != io.EOF {
-		err = z.s.wrapError(z.ctx, "Zip", z.v, err)
+		z.err = z.s.wrapError(z.ctx, "Zip", z.v, err)
+		err = z.err
 	}
 	return n, err
 }
 
+// Close returns the error of the Read that failed, if any: a caller that copies the
+// stream may look at no other.
 func (z *zipReader) Close() error {
 	defer z.cancel()
-	return z.s.wrapError(z.ctx, "Zip", z.v, z.r.Close())
+	err := z.s.wrapError(z.ctx, "Zip", z.v, z.r.Close())
+	if z.err != nil {
+		return z.err
+	}
+	return err
 }
