@@ -11,6 +11,30 @@ import (
 	"github.com/athensgcs/gcs"
 )
 
+var checkCommand = &command{
+	name:  "check",
+	brief: "show the versions that are not complete",
+	usage: `Check asks whether the caller has the permissions that saving needs, and shows
+every version that is not complete: its state, what is missing, and what will
+become of it. It changes nothing. roles/storage.objectUser permits it.
+
+States:
+    partial      files are missing, and nobody is saving them
+    in progress  a save is under way
+    abandoned    a save was cut off; files are missing, or are of two saves
+    unfinished   a save was cut off before its last step; the files are all there
+    absent       there is no file, but the claim of a server that fetches it, or did
+    complete     all files are there
+
+Examples:
+    athensgcs check -bucket my-modules
+    athensgcs check -bucket my-modules -module github.com/my/module
+    athensgcs check -bucket my-modules -json | jq 'select(.state == "partial")'
+`,
+	flags: (*program).moduleFlag,
+	run:   (*program).check,
+}
+
 // A tally is what a scan found.
 type tally struct {
 	Versions int               `json:"versions"`
@@ -61,7 +85,7 @@ func (p *program) check(ctx context.Context) (int, error) {
 		if v.State == gcs.Complete && !p.json {
 			return nil
 		}
-		return p.print(describe(v, time.Now())+"; "+p.fate(v), v)
+		return p.print(v, describe(v, time.Now())+"; "+p.fate(v))
 	})
 	if err := p.summarize(err, &found); err != nil {
 		return 0, err

@@ -18,7 +18,10 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
+	"text/tabwriter"
 
 	"cloud.google.com/go/storage"
 	"golang.org/x/term"
@@ -26,19 +29,14 @@ import (
 	"github.com/athensgcs/gcs"
 )
 
-const help = `Athensgcs looks after a Cloud Storage bucket of Go modules.
-
-    athensgcs check  -bucket NAME   show the versions that are not complete
-    athensgcs repair -bucket NAME   make them right, or remove what is left of them
-    athensgcs verify -bucket NAME   check the files of the complete versions
-
-athensgcs COMMAND -h shows the flags of a command, with examples.
+// statuses is what help says about every command.
+const statuses = `athensgcs COMMAND -h shows the flags of a command, its exit statuses, and examples.
 
 Exit status:
     0  all is well
-    1  check and repair: some versions are not complete; verify: some are wrong
-    2  not everything could be looked at: wrong flags, no such bucket, a missing
-       permission, a failure on the way, an interrupt
+    1  something wrong was found
+    2  not everything could be looked at or done: wrong flags, no such bucket or
+       module, a missing permission, a failure on the way, an interrupt
 `
 
 // The exit statuses.
@@ -77,31 +75,42 @@ type program struct {
 	terminal       bool              // stderr is one
 	transport      http.RoundTripper // to the checksum database; nil for the default
 
+	args     []string // after the flags
+	client   *storage.Client
 	storage  *gcs.Storage
 	progress *progress
 }
 
-// A command returns the exit status, which an error makes statusFailed.
-type command func(*program, context.Context) (int, error)
+// A command is what the first argument names.
+type command struct {
+	name  string
+	args  string // what follows the flags, "" for nothing; "..." at its end means several
+	brief string // what it does, in a line
+	usage string // what it does, and examples
+	flags func(*program, *flag.FlagSet)
+	// run returns the exit status, which an error makes statusFailed.
+	run func(*program, context.Context) (int, error)
+}
 
-var commands = map[string]command{"check": (*program).check, "repair": (*program).repair, "verify": (*program).verify}
+var commands = []*command{checkCommand, repairCommand, verifyCommand}
 
 func (p *program) run(ctx context.Context, args []string) int {
 	if len(args) == 0 {
-		return p.fail("athensgcs", errors.New("the command is missing: check, repair or verify; run athensgcs help"))
+		return p.fail("athensgcs", fmt.Errorf("the command is missing: %s; run athensgcs help", commandNames()))
 	}
 	name, args := args[0], args[1:]
 	switch name {
 	case "help", "-h", "-help", "--help":
-		fmt.Fprint(p.stdout, help)
+		fmt.Fprint(p.stdout, help())
 		return statusOK
 	}
-	command, ok := commands[name]
-	if !ok {
-		return p.fail("athensgcs", fmt.Errorf("there is no command %q, but check, repair and verify; run athensgcs help", name))
+	i := slices.IndexFunc(commands, func(c *command) bool { return c.name == name })
+	if i < 0 {
+		return p.fail("athensgcs", fmt.Errorf("there is no command %q, but %s; run athensgcs help", name, commandNames()))
 	}
-	flags := p.flags(name)
-	err := p.parse(flags, args)
+	command := commands[i]
+	flags := p.flags(command)
+	err := p.parse(command, flags, args)
 	if errors.Is(err, flag.ErrHelp) {
 		flags.SetOutput(p.stdout)
 		flags.Usage()
@@ -117,21 +126,46 @@ func (p *program) run(ctx context.Context, args []string) int {
 	return status
 }
 
+func commandNames() string {
+	var names []string
+	for _, c := range commands {
+		names = append(names, c.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+func help() string {
+	var b strings.Builder
+	b.WriteString("Athensgcs looks after a Cloud Storage bucket of Go modules.\n\n")
+	w := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
+	for _, c := range commands {
+		fmt.Fprintf(w, "    %s\t%s\n", c.synopsis(), c.brief)
+	}
+	w.Flush()
+	b.WriteString("\n" + statuses)
+	return b.String()
+}
+
+func (c *command) synopsis() string {
+	return strings.TrimSpace(fmt.Sprintf("athensgcs %-6s -bucket NAME [flags] %s", c.name, c.args))
+}
+
 func (p *program) fail(who string, err error) int {
-	fmt.Fprintf(p.stderr, "%s: %s\n", who, oneLine(err))
+	fmt.Fprintf(p.stderr, "%s: %s\n", who, visible(oneLine(err)))
 	return statusFailed
 }
 
-func (p *program) execute(ctx context.Context, command command) (int, error) {
+func (p *program) execute(ctx context.Context, command *command) (int, error) {
 	client, err := p.connect(ctx, p.grpc)
 	if err != nil {
 		return 0, fmt.Errorf("%w; for credentials run gcloud auth application-default login", err)
 	}
 	defer client.Close()
+	p.client = client
 	p.storage = gcs.NewStorage(client.Bucket(p.bucket), gcs.WithPrefix(p.prefix), gcs.WithStaleThreshold(p.stale))
-	p.show(0)
+	p.startProgress(0)
 	defer func() { p.progress.done() }()
-	status, err := command(p, ctx)
+	status, err := command.run(p, ctx)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return 0, errors.New("interrupted; run it again to see the rest")
@@ -141,9 +175,9 @@ func (p *program) execute(ctx context.Context, command command) (int, error) {
 	return status, err
 }
 
-// show starts the display of progress anew, with the bytes that are to pass if
+// startProgress starts the display of progress anew, with the bytes that are to pass if
 // that is known.
-func (p *program) show(total int64) {
+func (p *program) startProgress(total int64) {
 	if p.progress != nil {
 		p.progress.done()
 	}

@@ -2,12 +2,33 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"strings"
 	"time"
 
 	"github.com/athensgcs/gcs"
 )
+
+var repairCommand = &command{
+	name:  "repair",
+	brief: "make them right, or remove what is left of them",
+	usage: `Repair finishes a version of which only the last step is missing. It removes what
+is left of any other version that is not complete, and the next request fetches
+that anew. It leaves complete versions alone, and running saves if -stale is the
+threshold of the servers. Servers may go on meanwhile. roles/storage.objectUser
+permits it.
+
+Examples:
+    athensgcs repair -bucket my-modules -dry-run
+    athensgcs repair -bucket my-modules
+`,
+	flags: func(p *program, f *flag.FlagSet) {
+		p.moduleFlag(f)
+		f.BoolVar(&p.dryRun, "dry-run", false, "change nothing, and say what would be done")
+	},
+	run: (*program).repair,
+}
 
 // A repaired is what became of a version.
 type repaired struct {
@@ -79,7 +100,7 @@ func (p *program) repair(ctx context.Context) (int, error) {
 			text += ": " + r.Error
 		}
 		sum.Actions[r.Action]++
-		return p.print(text, r)
+		return p.print(r, text)
 	})
 	if err := p.summarize(err, &sum); err != nil {
 		return 0, err

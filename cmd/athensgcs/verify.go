@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -12,6 +14,31 @@ import (
 
 	"github.com/athensgcs/gcs"
 )
+
+var verifyCommand = &command{
+	name:  "verify",
+	brief: "check the files of the complete versions",
+	usage: `Verify reads every complete version and checks that its zip is one that the go
+command takes, that the .mod is the go.mod in it (or what the go command makes if
+there is none), and that the .info names the version. If it is given a go.sum file
+or a checksum database, it compares the checksums of .zip and .mod with them. It
+asks the database through the proxies in GOPROXY that serve it, and not for modules
+that match GONOSUMDB (or GOPRIVATE, where that is not set), which go env -w can set
+too. It changes nothing. roles/storage.objectViewer permits it.
+
+Examples:
+    athensgcs verify -bucket my-modules
+    athensgcs verify -bucket my-modules -sumdb sum.golang.org
+    athensgcs verify -bucket my-modules -sums go.sum -module github.com/my/module
+`,
+	flags: func(p *program, f *flag.FlagSet) {
+		p.moduleFlag(f)
+		f.StringVar(&p.sums, "sums", "", "compare with the checksums in this go.sum `file`")
+		f.StringVar(&p.sumdb, "sumdb", "", "compare with this checksum `database`: sum.golang.org, or NAME+KEY or \"NAME+KEY URL\", as in GOSUMDB")
+		f.IntVar(&p.jobs, "j", runtime.NumCPU(), "how many `versions` to read at the same time")
+	},
+	run: (*program).verify,
+}
 
 // A verification is the summary of a verify.
 type verification struct {
@@ -126,7 +153,7 @@ func (p *program) measure(ctx context.Context) error {
 		}
 		return nil
 	})
-	p.show(total)
+	p.startProgress(total)
 	return err
 }
 
@@ -154,7 +181,7 @@ func (p *program) record(sum *verification, r *result) error {
 		}
 	}
 	if p.json || len(lines) > 0 {
-		return p.print(strings.Join(lines, "\n"), r)
+		return p.print(r, lines...)
 	}
 	return nil
 }
