@@ -1,9 +1,12 @@
 // Athensgcs shows what is in a bucket of Go modules, repairs what saves and
-// deletes that were cut short left there, and verifies the modules' checksums.
+// deletes that were cut short left there, verifies the modules' checksums, and deletes
+// versions.
 //
 //	athensgcs check  -bucket NAME
 //	athensgcs repair -bucket NAME
 //	athensgcs verify -bucket NAME
+//	athensgcs show   -bucket NAME MODULE@VERSION...
+//	athensgcs delete -bucket NAME MODULE@VERSION...
 //
 // Run athensgcs help for the exit statuses, and athensgcs COMMAND -h for the flags
 // of a command, with examples.
@@ -92,7 +95,7 @@ type command struct {
 	run func(*program, context.Context) (int, error)
 }
 
-var commands = []*command{checkCommand, repairCommand, verifyCommand}
+var commands = []*command{checkCommand, repairCommand, verifyCommand, showCommand, deleteCommand}
 
 func (p *program) run(ctx context.Context, args []string) int {
 	if len(args) == 0 {
@@ -162,7 +165,7 @@ func (p *program) execute(ctx context.Context, command *command) (int, error) {
 	}
 	defer client.Close()
 	p.client = client
-	p.storage = gcs.NewStorage(client.Bucket(p.bucket), gcs.WithPrefix(p.prefix), gcs.WithStaleThreshold(p.stale))
+	p.storage = p.newStorage(p.bucket, p.prefix)
 	p.startProgress(0)
 	defer func() { p.progress.done() }()
 	status, err := command.run(p, ctx)
@@ -173,6 +176,10 @@ func (p *program) execute(ctx context.Context, command *command) (int, error) {
 		return 0, fmt.Errorf("there is no bucket %s; look for its name with gcloud storage ls", p.bucket)
 	}
 	return status, err
+}
+
+func (p *program) newStorage(bucket, prefix string) *gcs.Storage {
+	return gcs.NewStorage(p.client.Bucket(bucket), gcs.WithPrefix(prefix), gcs.WithStaleThreshold(p.stale))
 }
 
 // startProgress starts the display of progress anew, with the bytes that are to pass if

@@ -83,6 +83,7 @@ func TestSession(t *testing.T) {
 		shows("repair", "")
 		b.checksums = newSumServer(t, sums)
 		shows("verify", " -sumdb sum.golang.org")
+		shows("delete", " github.com/pkg/errors@v0.9.1")
 		for _, r := range []release{pkgErrors, uuid, mod} {
 			b.put(r, nil, "info", "mod", "zip")
 		}
