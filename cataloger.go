@@ -14,10 +14,8 @@ import (
 // whatever is saved and deleted between two calls. The order is that of the names
 // of the .zip objects.
 //
-// It makes the requests of [Storage.Scan], and one more for each unfinished version,
-// which it finishes as [Storage.Exists] does. The first asks for the objects of
-// pageSize+1 complete versions, and never for more than 999. It is safe for
-// concurrent use.
+// It makes the requests of [Storage.List]. The first asks for the objects of pageSize+1
+// versions, and never for more than 999. It is safe for concurrent use.
 func (s *Storage) Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
 	ctx, c := s.begin(ctx, "Catalog", ModuleVersion{})
 	page, next, err := s.catalog(ctx, token, pageSize)

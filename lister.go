@@ -7,8 +7,10 @@ import "context"
 // modules whose paths begin with this one's, such as its own major versions, are
 // not in it.
 //
-// It makes the requests of [Storage.Scan], and one more for each unfinished version,
-// which it finishes as [Storage.Exists] does. It is safe for concurrent use.
+// It makes one request for a page of up to 999 objects, one more for a page with a
+// version whose .info or .zip names another .mod than the one beside it, as in a bucket
+// that was copied, and one more for each unfinished version, which it finishes as
+// [Storage.Exists] does. It is safe for concurrent use.
 func (s *Storage) List(ctx context.Context, module string) ([]string, error) {
 	ctx, c := s.begin(ctx, "List", ModuleVersion{Module: module})
 	prefix, err := s.modulePrefix(module)

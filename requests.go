@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"iter"
 	"strings"
 
 	"cloud.google.com/go/storage"
@@ -69,49 +68,40 @@ func (b *bucket) remove(ctx context.Context, v ModuleVersion, ext string, cond s
 }
 
 // look lists the version, with one request unless GCS answers in parts.
-func (b *bucket) look(ctx context.Context, v ModuleVersion) (seen snapshot, _ error) {
+func (b *bucket) look(ctx context.Context, v ModuleVersion) (snapshot, error) {
+	seen, err := b.lookBetween(ctx, b.name(v, ""), v, v)
+	return seen[v], err
+}
+
+// lookBetween lists the versions from first to last whose names begin with prefix.
+func (b *bucket) lookBetween(ctx context.Context, prefix string, first, last ModuleVersion) (map[ModuleVersion]snapshot, error) {
 	// The names sort .info, .lock, .mod, .zip. The offsets keep out v1.0.0.info
 	// when the version is v1; a server that ignores them only makes this slower. The
 	// end is exclusive, so it is a name after .zip.
-	q := &storage.Query{Prefix: b.name(v, ""), StartOffset: b.name(v, extInfo), EndOffset: b.name(v, extZip) + "!"}
-	for attrs, err := range b.list(ctx, q, maxPage) {
+	q := &storage.Query{Prefix: prefix, StartOffset: b.name(first, extInfo), EndOffset: b.name(last, extZip) + "!"}
+	seen := map[ModuleVersion]snapshot{}
+	for token, more := "", true; more; {
+		page, next, err := b.page(ctx, q, token, maxPage+1) // with an object of the page before
 		if err != nil {
-			return snapshot{}, err
+			return nil, err
 		}
-		if w, ext, ok := b.parse(attrs); ok && w == v {
-			*seen.slot(ext) = attrs
-		}
+		token, more = next, next != ""
+		b.group(page, seen)
 	}
 	return seen, nil
 }
 
-// list yields the objects of a listing, page by page. The first page has up to size
-// of them.
-func (b *bucket) list(ctx context.Context, q *storage.Query, size int) iter.Seq2[*storage.ObjectAttrs, error] {
-	return func(yield func(*storage.ObjectAttrs, error) bool) {
-		for token, more := "", true; more; size = maxPage {
-			page, next, err := b.page(ctx, q, token, size)
-			if err != nil {
-				yield(nil, err)
-				return
+// group adds objects to what was seen of their versions.
+func (b *bucket) group(page []*storage.ObjectAttrs, seen map[ModuleVersion]snapshot) {
+	for _, attrs := range page {
+		if name, ok := strings.CutPrefix(attrs.Name, b.prefix); ok {
+			if v, ext, ok := parseObject(name); ok {
+				found := seen[v]
+				*found.slot(ext) = attrs
+				seen[v] = found
 			}
-			for _, attrs := range page {
-				if !yield(attrs, nil) {
-					return
-				}
-			}
-			token, more = next, next != ""
 		}
 	}
-}
-
-// parse tells which object of which version attrs describes.
-func (b *bucket) parse(attrs *storage.ObjectAttrs) (v ModuleVersion, ext string, ok bool) {
-	name, ok := strings.CutPrefix(attrs.Name, b.prefix)
-	if !ok {
-		return ModuleVersion{}, "", false
-	}
-	return parseObject(name)
 }
 
 // page makes one request for the part of a listing that begins at that token, and

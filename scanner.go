@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"iter"
-	"maps"
 	"slices"
 	"time"
 
@@ -27,11 +26,13 @@ type VersionStatus struct {
 // Absent, with the time of the claim. The order is that of the names of the .zip
 // objects. After an error, which is yielded with a zero VersionStatus, the scan ends.
 //
-// Scan changes nothing. It makes one request for a page of up to 999 objects, and
-// one more for each version that is neither complete nor in progress on its page, or
-// whose .info or .zip names another .mod than the one beside it, as in a bucket that
-// was copied. It holds one page. It is not a snapshot of the bucket: each version is
-// listed as it is when its page is. It is safe for concurrent use.
+// Scan changes nothing. It makes one request for a page of up to 999 objects. It
+// lists the page once more if one listing does not prove the state of all versions on
+// it: where one is partial or abandoned, or its .info or .zip names another .mod than
+// the one beside it, as in a bucket that was copied. A version that changes between
+// the two listings costs another request. Scan holds one page and its second listing.
+// It is not a snapshot of the bucket: each version is listed as it is when its page
+// is. It is safe for concurrent use.
 //
 // A module that no object name can be made of is KindBadRequest.
 func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStatus, error] {
@@ -45,7 +46,7 @@ func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStat
 			yield(VersionStatus{}, c.end(err))
 			return
 		}
-		for found, err := range s.scan(ctx, prefix, "", maxPage) {
+		for found, err := range s.scan(ctx, prefix, "", maxPage, (*listing).isUnproved) {
 			if err != nil {
 				yield(VersionStatus{}, c.end(err))
 				return
@@ -67,7 +68,7 @@ func (s *Storage) modulePrefix(module string) (string, error) {
 }
 
 // statusOf describes a version that was listed.
-func statusOf(found listing) VersionStatus {
+func statusOf(found *listing) VersionStatus {
 	seen := found.snapshot
 	status := VersionStatus{ModuleVersion: found.ModuleVersion, State: found.state}
 	for _, ext := range []string{extInfo, extMod, extZip} {
@@ -95,59 +96,101 @@ type listing struct {
 	ModuleVersion
 	snapshot
 	state State
+	zip   string // the name of its .zip object, which need not be there
 }
+
+// isUnproved reports whether one listing does not prove the state.
+func (l *listing) isUnproved() bool { return l.state == Partial || l.state == Abandoned }
 
 // scan lists the objects whose names begin with prefix and come after the name
 // after, the first time up to size of them, and yields their versions in the order
-// of the names of their .zip objects.
-func (s *Storage) scan(ctx context.Context, prefix, after string, size int) iter.Seq2[listing, error] {
-	return func(yield func(listing, error) bool) {
-		// The objects of two versions interleave where one's name goes on where the
-		// other's has its ending, such as v1 and v1.j. A page can end between the
-		// objects of a version.
-		open := map[ModuleVersion]*snapshot{}
-		for attrs, err := range s.bucket.list(ctx, &storage.Query{Prefix: prefix, StartOffset: after}, size) {
+// of the names of their .zip objects. It lists what is in doubt on a page once more.
+func (s *Storage) scan(ctx context.Context, prefix, after string, size int, inDoubt func(*listing) bool) iter.Seq2[*listing, error] {
+	return func(yield func(*listing, error) bool) {
+		open := map[ModuleVersion]snapshot{} // may have more objects on the next page
+		q := &storage.Query{Prefix: prefix, StartOffset: after + " "}
+		last := ""
+		for token, more := "", true; more; size = maxPage {
+			page, next, err := s.bucket.page(ctx, q, token, size)
+			token, more = next, next != ""
+			if s.bucket.group(page, open); !more {
+				last = afterAll
+			} else if len(page) > 0 {
+				last = page[len(page)-1].Name
+			}
+			listed := s.take(open, last)
+			if err == nil {
+				err = s.confirm(ctx, prefix, listed, inDoubt)
+			}
 			if err != nil {
-				yield(listing{}, err)
+				yield(&listing{}, err)
 				return
 			}
-			v, ext, ok := s.bucket.parse(attrs)
-			if !ok || s.bucket.name(v, extZip) <= after {
-				continue
+			for _, found := range listed {
+				if found.zip > after && !yield(found, nil) {
+					return
+				}
 			}
-			if !s.yieldUntil(ctx, open, attrs.Name, yield) {
-				return
-			}
-			if open[v] == nil {
-				open[v] = new(snapshot)
-			}
-			*open[v].slot(ext) = attrs
 		}
-		s.yieldUntil(ctx, open, "", yield)
 	}
 }
 
-// yieldUntil yields the open versions that have no objects from the name next on, or
-// all of them if next is empty. It reports whether the scan goes on.
-func (s *Storage) yieldUntil(ctx context.Context, open map[ModuleVersion]*snapshot, next string, yield func(listing, error) bool) bool {
-	for _, v := range slices.SortedFunc(maps.Keys(open), compareVersions) {
-		if next != "" && s.bucket.name(v, extZip) >= next {
-			continue
-		}
-		found, err := s.found(ctx, v, *open[v])
-		delete(open, v)
-		if !yield(found, err) || err != nil {
-			return false
+// afterAll comes after the name of every object, which is UTF-8.
+const afterAll = "\xff"
+
+// take removes from open, and returns in order, the versions that have no object
+// after the name last. The objects of two versions interleave where one's name goes
+// on where the other's has its ending, such as v1 and v1.j.
+func (s *Storage) take(open map[ModuleVersion]snapshot, last string) (listed []*listing) {
+	for v, seen := range open {
+		if zip := s.bucket.name(v, extZip); zip <= last {
+			listed = append(listed, &listing{v, seen, s.state(seen), zip})
+			delete(open, v)
 		}
 	}
-	return true
+	slices.SortFunc(listed, func(a, b *listing) int { return cmp.Compare(a.zip, b.zip) })
+	return listed
+}
+
+// maxLooks is how often a version that is in doubt is listed once more. One that was
+// never the same twice in a row is then what the last listing shows.
+const maxLooks = 10
+
+// confirm lists the versions in doubt, from the first to the last, until two listings
+// in a row show the same of a version, or one leaves no doubt.
+func (s *Storage) confirm(ctx context.Context, prefix string, listed []*listing, inDoubt func(*listing) bool) error {
+	listed = slices.DeleteFunc(slices.Clone(listed), func(found *listing) bool { return !inDoubt(found) })
+	for looks := 0; len(listed) > 0 && looks < maxLooks; looks++ {
+		first := slices.MinFunc(listed, func(a, b *listing) int { return cmp.Compare(a.object(extInfo), b.object(extInfo)) })
+		seen, err := s.bucket.lookBetween(ctx, prefix, first.ModuleVersion, listed[len(listed)-1].ModuleVersion)
+		if err != nil {
+			return err
+		}
+		listed = slices.DeleteFunc(listed, func(found *listing) bool {
+			before := found.snapshot
+			found.snapshot = seen[found.ModuleVersion]
+			found.state = s.state(found.snapshot)
+			same := found.equals(before)
+			if same && found.state == Partial && found.whole() {
+				found.state = Complete // it was copied from another bucket
+			}
+			return same || !inDoubt(found)
+		})
+	}
+	return nil
 }
 
 // completed scans for the complete versions. It finishes an unfinished one if the
 // caller may.
 func (s *Storage) completed(ctx context.Context, prefix, after string, size int) iter.Seq2[ModuleVersion, error] {
+	// What was complete all the while shows all three objects, but of a version that
+	// has some before the name after.
+	inDoubt := func(found *listing) bool {
+		cut := found.info == nil && s.bucket.name(found.ModuleVersion, extInfo) < after
+		return found.isUnproved() && (cut || found.state == Partial && found.whole())
+	}
 	return func(yield func(ModuleVersion, error) bool) {
-		for found, err := range s.scan(ctx, prefix, after, size) {
+		for found, err := range s.scan(ctx, prefix, after, size, inDoubt) {
 			complete := found.state == Complete
 			if err == nil && found.state == Unfinished {
 				complete, err = s.isComplete(ctx, found.ModuleVersion, found.snapshot)
@@ -157,18 +200,4 @@ func (s *Storage) completed(ctx context.Context, prefix, after string, size int)
 			}
 		}
 	}
-}
-
-func compareVersions(a, b ModuleVersion) int { return cmp.Compare(a.object(extZip), b.object(extZip)) }
-
-// found judges a version by the objects that the pages showed. What is neither
-// complete nor in progress there is listed once more.
-func (s *Storage) found(ctx context.Context, v ModuleVersion, seen snapshot) (listing, error) {
-	seen, state, err := s.judge(ctx, v, seen)
-	if err == nil && state != Complete && state != InProgress {
-		if seen, err = s.bucket.look(ctx, v); err == nil {
-			seen, state, err = s.judge(ctx, v, seen)
-		}
-	}
-	return listing{v, seen, state}, err
 }

@@ -1,6 +1,7 @@
 package gcs
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -22,7 +23,7 @@ type stateCase struct {
 	name  string
 	files files
 	state State
-	looks int // how often Scan lists the version once more
+	looks int // whether Scan lists the version once more
 
 	repaired State
 	requests int // of Repair
@@ -35,8 +36,8 @@ func stateCases() []stateCase {
 	copied := map[string]string{keySaveID: "a", keyGeneration: "1"}
 	failed := marked(givenUp, "a")
 	return []stateCase{
-		{"claimed", files{extClaim: at(time.Second, "c")}, Absent, 1, Absent, 1},
-		{"claimed by a dead one", files{extClaim: at(time.Minute, "c")}, Absent, 1, Absent, 2},
+		{"claimed", files{extClaim: at(time.Second, "c")}, Absent, 0, Absent, 1},
+		{"claimed by a dead one", files{extClaim: at(time.Minute, "c")}, Absent, 0, Absent, 2},
 		{".info", files{extInfo: nil}, Partial, 1, Absent, 4},
 		{".mod", files{extMod: nil}, Partial, 1, Absent, 3},
 		{".zip", files{extZip: nil}, Partial, 1, Absent, 4},
@@ -52,9 +53,9 @@ func stateCases() []stateCase {
 		{"abandoned over an own .info", files{extInfo: copied, extMod: at(time.Hour, "a"), extZip: of("a")}, Abandoned, 1, Absent, 5},
 		{"given up", files{extInfo: of("a"), extMod: failed}, Abandoned, 1, Absent, 4},
 		{"given up and claimed", files{extMod: failed, extClaim: at(time.Minute, "c")}, Abandoned, 1, Absent, 4},
-		{"unfinished", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("a")}, Unfinished, 1, Complete, 2},
-		{"unfinished and given up", files{extInfo: of("a"), extMod: failed, extZip: of("a")}, Unfinished, 1, Complete, 2},
-		{"unfinished of an older Athens", files{extInfo: nil, extMod: map[string]string{keyInProgressOld: "true"}, extZip: nil}, Unfinished, 1, Complete, 2},
+		{"unfinished", files{extInfo: of("a"), extMod: at(time.Hour, "a"), extZip: of("a")}, Unfinished, 0, Complete, 2},
+		{"unfinished and given up", files{extInfo: of("a"), extMod: failed, extZip: of("a")}, Unfinished, 0, Complete, 2},
+		{"unfinished of an older Athens", files{extInfo: nil, extMod: map[string]string{keyInProgressOld: "true"}, extZip: nil}, Unfinished, 0, Complete, 2},
 		{"complete", files{extInfo: nil, extMod: nil, extZip: nil}, Complete, 0, Complete, 1},
 		{"complete of one save", files{extInfo: of("a"), extMod: of("a"), extZip: of("a")}, Complete, 0, Complete, 1},
 		{"complete, empty marker", files{extInfo: of("a"), extMod: cleared(), extZip: of("a")}, Complete, 0, Complete, 1},
@@ -132,14 +133,10 @@ func testScan(t *testing.T, module string, short bool) {
 			v := ModuleVersion{testModule, fmt.Sprintf("v1.%02d.0", i)}
 			c.put(f, v)
 			want = append(want, c.status(v))
-			if short {
-				requests += len(c.files) * (1 + c.looks)
-			} else {
-				requests += c.looks
-			}
+			requests += len(c.files) * (1 + c.looks)
 		}
 		if !short {
-			requests++
+			requests = 2
 		}
 		before := f.Objects()
 		got := scanned(t, s, module)
@@ -190,6 +187,59 @@ func TestScanStops(t *testing.T) {
 	})
 }
 
+// What differs when it is listed once more is listed again, but not for ever.
+func TestScanOfChanging(t *testing.T) {
+	touch := func(f *fakeGCS) {
+		f.SetMetadata(objectName(extMod), map[string]string{keySaveID: fmt.Sprint(len(f.Log()))})
+	}
+	copied := map[string]string{keyGeneration: "1"}
+	for name, c := range map[string]struct {
+		found    files
+		change   func(f *fakeGCS)
+		times    int
+		want     []State
+		scanned  int // requests of Scan
+		complete bool
+		listed   int // requests of List
+	}{
+		"stored":          {files{extMod: nil}, func(f *fakeGCS) { storeVersion(f, testModule, testVersion) }, 1, []State{Complete}, 2, false, 1},
+		"taken over":      {files{extMod: nil}, func(f *fakeGCS) { takeOver(f, testVersion) }, 1, []State{InProgress}, 2, false, 1},
+		"partial again":   {files{extMod: nil}, touch, 1, []State{Partial}, 3, false, 1},
+		"deleted":         {files{extMod: nil}, func(f *fakeGCS) { removeVersion(f, testVersionName) }, 1, nil, 2, false, 1},
+		"partial anew":    {files{extMod: nil}, touch, 99, []State{Partial}, 1 + maxLooks, false, 1},
+		"copied, touched": {files{extInfo: copied, extMod: nil, extZip: copied}, touch, 1, []State{Complete}, 3, true, 3},
+		"copied, again":   {files{extInfo: copied, extMod: nil, extZip: copied}, touch, 99, []State{Partial}, 1 + maxLooks, false, 1 + maxLooks},
+		"copied, deleted": {files{extInfo: copied, extMod: nil, extZip: copied}, func(f *fakeGCS) { f.Remove(objectName(extMod)) }, 1, []State{Partial}, 3, false, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, call := range []string{"Scan", "List"} {
+				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+					stateCase{files: c.found}.put(f, testVersionName)
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+						if r.N > 0 && r.N <= c.times {
+							c.change(f)
+						}
+						return fakegcs.NoFault
+					})
+					if call == "List" {
+						list, err := s.List(t.Context(), testModule)
+						require.NoError(t, err)
+						require.Equal(t, c.complete, len(list) == 1)
+						require.Len(t, f.Log(), c.listed)
+						return
+					}
+					var got []State
+					for _, status := range scanned(t, s, testModule) {
+						got = append(got, status.State)
+					}
+					require.Equal(t, c.want, got)
+					require.Len(t, f.Log(), c.scanned)
+				})
+			}
+		})
+	}
+}
+
 // An error is yielded once, with nothing, and ends the scan.
 func TestScanErrors(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -200,13 +250,14 @@ func TestScanErrors(t *testing.T) {
 	}{
 		"a page":        {0, testModule, KindUnexpected, 0},
 		"a second look": {1, testModule, KindUnexpected, 0},
-		"a third":       {2, testModule, KindUnexpected, 1},
+		"a later page":  {2, testModule, KindUnexpected, 499},
 		"module":        {9, "a//b", KindBadRequest, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeFiles(f, testModule, "v1.0.0", extInfo)
-				storeFiles(f, testModule, "v2.0.0", extInfo)
+				for i := range 500 {
+					storeFiles(f, testModule, fmt.Sprintf("v1.%03d.0", i), extInfo, extMod)
+				}
 				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 					if r.N == c.fails {
 						f.Deny("storage.objects.list")
@@ -232,6 +283,87 @@ func TestScanErrors(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A scan in small pages shows what one in a page does, and what the objects mean.
+func FuzzScan(f *testing.F) {
+	versions := []ModuleVersion{{"a", "v1"}, {"a", "v1.info"}, {"a", "v1.j"}, {"a", "v1.j.k"}, {"a", "v1.mod.x"}, {"a", "v1.zip"}, {"a-b", "v1"}, {"a/b", "v1"}, {"b", "v1.0.0"}}
+	f.Add([]byte{}, uint8(0))
+	for i := range uint8(16) {
+		f.Add(bytes.Repeat([]byte{7 | i<<4, i, 15 | i<<4, 5, 7 + i}, 2), i)
+	}
+	f.Fuzz(func(t *testing.T, states []byte, size uint8) {
+		withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+			want := map[ModuleVersion]State{}
+			var complete []ModuleVersion
+			for i, bits := range states[:min(len(states), len(versions))] {
+				if state := putBits(f, versions[i], bits); bits&15 != 0 {
+					want[versions[i]] = state
+					if state == Complete || state == Unfinished {
+						complete = append(complete, versions[i])
+					}
+				}
+			}
+			slices.SortFunc(complete, func(a, b ModuleVersion) int { return strings.Compare(a.object(extZip), b.object(extZip)) })
+			all, short := scanned(t, s, ""), f.Register("short")
+			require.LessOrEqual(t, len(f.Log()), 2)
+			got := map[ModuleVersion]State{}
+			for _, status := range all {
+				got[status.ModuleVersion] = status.State
+			}
+			require.Equal(t, want, got)
+			require.Len(t, all, len(want))
+			short.Connect(shortPages{short, 1 + int(size%7)})
+			s = newStorage(short.Bucket)
+			require.Equal(t, all, scanned(t, s, ""))
+			require.Equal(t, complete, catalogOf(t, s, 1+int(size/7%5)))
+			for _, module := range []string{"a", "a/b"} {
+				var list []string
+				for _, v := range complete {
+					if v.Module == module {
+						list = append(list, v.Version)
+					}
+				}
+				requireList(t, s, module, list...)
+			}
+		})
+	})
+}
+
+// putBits makes the objects of a version that bits tell of, and returns its state.
+func putBits(f *fakeGCS, v ModuleVersion, bits byte) State {
+	has := func(bit int) bool { return bits&(1<<bit) != 0 }
+	marker, names := bits>>4&3, bits>>6
+	others := map[string]string{keySaveID: "a"}
+	if has(1) {
+		gen := f.Put(v.object(extMod), nil, []map[string]string{others, marked(time.Now(), "a"), marked(givenUp, "a"), cleared()}[marker])
+		switch names {
+		case 1:
+			others[keyGeneration] = formatGeneration(gen)
+		case 2:
+			others[keyGeneration] = "1"
+		case 3:
+			others[keySaveID] = "b"
+		}
+	}
+	for bit, ext := range map[int]string{0: extInfo, 2: extZip, 3: extClaim} {
+		if has(bit) {
+			f.Put(v.object(ext), nil, others)
+		}
+	}
+	switch whole := bits&7 == 7; {
+	case bits&7 == 0:
+		return Absent
+	case has(1) && marker == 1:
+		return InProgress
+	case has(1) && marker == 2 && whole && names < 2:
+		return Unfinished
+	case has(1) && marker == 2:
+		return Abandoned
+	case whole:
+		return Complete
+	}
+	return Partial
 }
 
 // A status is readable as JSON.
