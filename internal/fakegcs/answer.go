@@ -252,6 +252,16 @@ func tooManyRequests(name string) *answer {
 		"The object "+Bucket+"/"+name+" exceeded the rate limit for object mutation operations (create, update, and delete). Please reduce your request rate. See https://cloud.google.com/storage/docs/gcs429.")
 }
 
+// gap answers a chunk that begins behind what is persisted, word for word.
+func gap(start int64, persisted int) *answer {
+	return &answer{
+		status: http.StatusServiceUnavailable,
+		header: http.Header{"Content-Type": {"text/plain; charset=utf-8"}},
+		body: fmt.Appendf(nil, "Invalid request.  According to the Content-Range header, the upload offset is %d byte(s), which exceeds already uploaded size of %d byte(s).",
+			start, persisted),
+	}
+}
+
 // jsonFailure is an error of the JSON API.
 func jsonFailure(status int, reason, message string) *answer {
 	detail := map[string]any{"domain": "global", "reason": reason, "message": message}

@@ -89,7 +89,7 @@ func (f *Server) write(c *call, query url.Values, r resource, data []byte) *answ
 	if a := checkSums(data, r, c.header.Values("X-Goog-Hash")); a != nil {
 		return a
 	}
-	if a := f.rate(c, f.written, "data write"); a != nil {
+	if a := f.rate(c, "data write"); a != nil {
 		return a
 	}
 	if f.complete(c.Object) {
@@ -106,16 +106,20 @@ func (f *Server) write(c *call, query url.Values, r resource, data []byte) *answ
 	return f.describe(c, o, query, "noAcl", true)
 }
 
-// rate keeps to one change of a kind and a name a second.
-func (f *Server) rate(c *call, last map[string]time.Time, kind string) *answer {
-	before, ok := last[c.Object]
+// rate keeps to one change of a kind and a name a second, or to one of a name.
+func (f *Server) rate(c *call, kind string) *answer {
+	key := kind + " " + c.Object
+	if f.ratesShared {
+		key = c.Object
+	}
+	before, ok := f.changed[key]
 	if since := time.Since(before); ok && since < time.Second {
 		if f.rates {
 			return tooManyRequests(c.Object)
 		}
 		f.rateBroken = append(f.rateBroken, fmt.Sprintf("%s: a %s %v after another", c.Request, kind, since))
 	}
-	last[c.Object] = time.Now()
+	f.changed[key] = time.Now()
 	return nil
 }
 
@@ -155,12 +159,21 @@ func (f *Server) store(name string, data []byte, contentType string, metadata, h
 	if i, found := slices.BinarySearch(f.sorted, name); !found {
 		f.sorted = slices.Insert(f.sorted, i, name)
 	}
+	f.remember(name)
 	f.objects[name] = o
 	return o
 }
 
+// remember notes what an object is before it changes.
+func (f *Server) remember(name string) {
+	if f.pickState != nil {
+		f.changes = append(f.changes, change{name, f.objects[name]})
+	}
+}
+
 func (f *Server) erase(name string) {
 	if i, found := slices.BinarySearch(f.sorted, name); found {
+		f.remember(name)
 		f.sorted = slices.Delete(f.sorted, i, i+1)
 		delete(f.objects, name)
 	}
@@ -195,6 +208,15 @@ func (f *Server) continueSession(c *call) *answer {
 	if s == nil {
 		return jsonFailure(http.StatusNotFound, "notFound", "No such upload session.")
 	}
+	switch c.Fault {
+	case SessionGone:
+		s.ended = jsonFailure(http.StatusGone, "uploadSessionGone", "The upload session has ended.")
+	case SessionNotFound:
+		s.ended = jsonFailure(http.StatusNotFound, "notFound", "No such upload session.")
+	}
+	if s.ended != nil {
+		return s.ended
+	}
 	if s.finished != nil {
 		again := *s.finished
 		again.applied = false
@@ -206,7 +228,10 @@ func (f *Server) continueSession(c *call) *answer {
 	}
 	if start >= 0 {
 		if start > int64(len(s.data)) {
-			return jsonFailure(http.StatusBadRequest, "invalid", "Invalid request. There is a gap before the chunk.")
+			return gap(start, len(s.data))
+		}
+		if c.Fault == HalfChunk {
+			c.media = c.media[:len(c.media)/2]
 		}
 		if skip := int64(len(s.data)) - start; skip < int64(len(c.media)) {
 			s.data = append(s.data, c.media[skip:]...)
@@ -274,7 +299,7 @@ func (f *Server) patch(c *call) *answer {
 	if a != nil {
 		return a
 	}
-	if a := f.rate(c, f.updated, "metadata update"); a != nil {
+	if a := f.rate(c, "metadata update"); a != nil {
 		return a
 	}
 	o = new(*o)
@@ -303,6 +328,7 @@ func (f *Server) patch(c *call) *answer {
 func (f *Server) change(o *Object) {
 	o.Metageneration++
 	o.Updated = time.Now().UTC().Truncate(time.Millisecond)
+	f.remember(o.Name)
 	f.objects[o.Name] = o
 }
 
@@ -318,6 +344,11 @@ func (f *Server) delete(c *call) *answer {
 	}
 	if f.retained {
 		return f.retentionNotMet(c.Object)
+	}
+	if f.ratesShared {
+		if a := f.rate(c, "delete"); a != nil {
+			return a
+		}
 	}
 	f.erase(c.Object)
 	return &answer{status: http.StatusNoContent, applied: true}
@@ -404,35 +435,74 @@ func (f *Server) list(c *call) *answer {
 		}
 		limit = min(n, limit)
 	}
-	after := ""
+	after, number := "", 0 // of the page
 	if token := c.query.Get("pageToken"); token != "" {
 		b, err := base64.URLEncoding.DecodeString(token)
 		if err != nil {
 			return jsonFailure(http.StatusBadRequest, "invalid", "Invalid Value")
 		}
-		after = string(b)
+		after, number = splitToken(b)
 	}
+	if len(f.pageSizes) > 0 {
+		limit = min(limit, f.pageSizes[number%len(f.pageSizes)])
+	}
+	objects, names := f.listed(c)
 	prefix, end := c.query.Get("prefix"), c.query.Get("endOffset")
-	first, found := slices.BinarySearch(f.sorted, max(prefix, c.query.Get("startOffset"), after))
-	if found && f.sorted[first] == after {
+	first, found := slices.BinarySearch(names, max(prefix, c.query.Get("startOffset"), after))
+	if found && names[first] == after {
 		first++
 	}
 	page := map[string]any{"kind": "storage#objects"}
 	var items []any
-	for _, name := range f.sorted[first:] {
+	for _, name := range names[first:] {
 		if !strings.HasPrefix(name, prefix) || end != "" && name >= end {
 			break
 		}
 		if len(items) == limit {
-			page["nextPageToken"] = base64.URLEncoding.EncodeToString([]byte(items[limit-1].(map[string]any)["name"].(string)))
+			if f.pageSizes != nil {
+				after += fmt.Sprintf("\x00%d", number+1)
+			}
+			page["nextPageToken"] = base64.URLEncoding.EncodeToString([]byte(after))
 			break
 		}
-		items = append(items, f.objects[name].json(c.base, c.query.Get("projection") == "full"))
+		items = append(items, objects[name].json(c.base, c.query.Get("projection") == "full"))
+		after = name
 	}
 	if items != nil {
 		page["items"] = items
 	}
 	return jsonAnswer(page, c.query.Get("fields"))
+}
+
+// splitToken returns the name after which a page begins, and its number among the
+// pages of its listing, if they are limited.
+func splitToken(token []byte) (after string, number int) {
+	after, n, _ := strings.Cut(string(token), "\x00")
+	number, _ = strconv.Atoi(n)
+	return after, number
+}
+
+// listed returns the objects that a page may show, and their names in order.
+func (f *Server) listed(c *call) (map[string]*Object, []string) {
+	states := map[string][]*Object{} // since the request arrived
+	if f.pickState != nil {
+		for _, ch := range f.changes[min(c.changes, len(f.changes)):] {
+			states[ch.name] = append(states[ch.name], ch.before)
+		}
+	}
+	if len(states) == 0 {
+		return f.objects, f.sorted
+	}
+	objects := maps.Clone(f.objects)
+	for name, before := range states {
+		all := append(before, f.objects[name])
+		if o := all[f.pickState(c.Request, name, len(all))]; o != nil {
+			objects[name] = o
+		} else {
+			delete(objects, name)
+		}
+	}
+	return objects, slices.Sorted(maps.Keys(objects))
 }
 
 func (f *Server) testPermissions(c *call) *answer {

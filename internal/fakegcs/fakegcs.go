@@ -53,12 +53,15 @@ type Server struct {
 	denied            map[string]bool
 	permissionsStatus int
 	retained          bool
+	pageSizes         []int
+	pickState         func(r *Request, name string, states int) int
+	changes           []change // since pickState was set
 
-	rates      bool
-	written    map[string]time.Time // last data write of a name
-	updated    map[string]time.Time // last metadata update of a name
-	broken     []string
-	rateBroken []string
+	rates       bool
+	ratesShared bool
+	changed     map[string]time.Time // last change of a kind and a name, or of a name
+	broken      []string
+	rateBroken  []string
 }
 
 // Object is one state of one object. A change of the object makes a new Object;
@@ -73,6 +76,12 @@ type Object struct {
 	ContentType                string
 
 	headers map[string]string // contentEncoding, cacheControl, …
+}
+
+// change is what an object was before a change of it, nil for absent.
+type change struct {
+	name   string
+	before *Object
 }
 
 // Machine is one user of the bucket.
@@ -143,10 +152,14 @@ const (
 	PreconditionFailed       // not applied; 412, as of a condition
 	Stray                    // no answer until the context ends; applied by Land
 	StrayReset               // connection reset by peer; applied by Land
+	// Of a resumable upload:
+	HalfChunk       // half of the chunk is persisted; 308 with a Range that says so
+	SessionGone     // not applied; 410, and so is every other request of the session
+	SessionNotFound // not applied; 404, and so is every other request of the session
 )
 
 func (k Fault) String() string {
-	return [...]string{"NoFault", "ConnectionRefused", "LostReset", "LostEOF", "LostBody", "Unavailable", "TooMany", "Hung", "HungApplied", "CrashBefore", "CrashAfter", "PreconditionFailed", "Stray", "StrayReset"}[k]
+	return [...]string{"NoFault", "ConnectionRefused", "LostReset", "LostEOF", "LostBody", "Unavailable", "TooMany", "Hung", "HungApplied", "CrashBefore", "CrashAfter", "PreconditionFailed", "Stray", "StrayReset", "HalfChunk", "SessionGone", "SessionNotFound"}[k]
 }
 
 // New returns an empty bucket.
@@ -157,8 +170,7 @@ func New() *Server {
 		sessions: map[string]*session{},
 		machines: map[string]*Machine{},
 		denied:   map[string]bool{},
-		written:  map[string]time.Time{},
-		updated:  map[string]time.Time{},
+		changed:  map[string]time.Time{},
 	}
 }
 
@@ -348,6 +360,35 @@ func (f *Server) EnforceRates(on bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.rates = on
+}
+
+// ShareRates makes the creates, the updates and the deletes of one object share a
+// rate of one a second, as the text of GCS' 429 suggests, where each kind but the
+// deletes has a rate of its own otherwise.
+func (f *Server) ShareRates(on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ratesShared = on
+}
+
+// SetPages limits the pages of each listing: the first has at most sizes[0] objects,
+// and so on, and after the last of the sizes it begins anew. A page of size 0 is empty
+// and has a token. One of the sizes has to be positive. Without sizes, there is no
+// limit but that of GCS.
+func (f *Server) SetPages(sizes ...int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pageSizes = sizes
+}
+
+// SmearListings makes a page of a listing show each object as it was at a moment of
+// its own, between the arrival of the request and its application. pick chooses which
+// of the states that a name had in that time, the last of which it has at the end. It
+// must not call the Server. Without pick, a page shows all objects at one moment.
+func (f *Server) SmearListings(pick func(r *Request, name string, states int) int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pickState, f.changes = pick, nil
 }
 
 // Deny takes permissions away from everybody.

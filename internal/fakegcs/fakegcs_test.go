@@ -304,6 +304,39 @@ func TestResumableUpload(t *testing.T) {
 			})
 		}
 	}
+	// The client goes on behind a part that was not persisted, and is refused.
+	t.Run("half a chunk", func(t *testing.T) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.OnRequest(func(_ context.Context, r *Request) Fault {
+				if r.N == 1 {
+					return HalfChunk
+				}
+				return NoFault
+			})
+			_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
+			require.ErrorContains(t, err, "the upload offset is 262144 byte(s), which exceeds already uploaded size of 131072 byte(s)")
+			require.Equal(t, http.StatusServiceUnavailable, httpStatus(err))
+			require.Nil(t, f.Get("o"))
+		})
+	})
+	for fault, status := range map[Fault]int{SessionGone: http.StatusGone, SessionNotFound: http.StatusNotFound} {
+		t.Run(fault.String(), func(t *testing.T) {
+			bubble(t, func(t *testing.T, f *Server, m *Machine) {
+				f.OnRequest(func(_ context.Context, r *Request) Fault {
+					if r.N == 2 {
+						return fault
+					}
+					return NoFault
+				})
+				_, err := uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
+				require.Equal(t, status, httpStatus(err))
+				code, _, _ := sendRaw(t, m, "PUT", "/upload/storage/v1/b/modules/o?uploadType=resumable&upload_id=session-1", http.Header{"Content-Range": {"bytes */*"}}, "")
+				require.Equal(t, status, code)
+				_, err = uploadObject(t.Context(), m.Bucket.Object("o").If(create), content, nil)
+				require.NoError(t, err)
+			})
+		})
+	}
 	t.Run("query", func(t *testing.T) {
 		bubble(t, func(t *testing.T, f *Server, m *Machine) {
 			code, header, _ := sendRaw(t, m, "POST", "/upload/storage/v1/b/modules/o?uploadType=resumable&name=o&ifGenerationMatch=0", nil, "{}")
@@ -320,7 +353,7 @@ func TestResumableUpload(t *testing.T) {
 			require.Equal(t, 308, code)
 			require.Equal(t, "bytes=0-2", span)
 			code, _ = chunk("bytes 4-5/*", "ef")
-			require.Equal(t, http.StatusBadRequest, code)
+			require.Equal(t, http.StatusServiceUnavailable, code)
 			code, span = chunk("bytes */*", "")
 			require.Equal(t, 308, code)
 			require.Equal(t, "bytes=0-2", span)
@@ -531,6 +564,72 @@ func TestList(t *testing.T) {
 			names, _ = listObjects(t, m, nil, 3000)
 			require.Len(t, names, 1001)
 			require.Len(t, f.Log(), 4)
+		})
+	})
+	// The first page is empty, the second has two objects, and so on.
+	t.Run("empty and short pages", func(t *testing.T) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			for _, name := range objects {
+				f.Put(name, nil, nil)
+			}
+			f.SetPages(0, 2, 1)
+			names, _ := listObjects(t, m, nil, 0)
+			require.Equal(t, objects, names)
+			var afters []string
+			for _, r := range f.Log() {
+				afters = append(afters, r.After)
+			}
+			require.Equal(t, []string{"", "", "a/b", "b", "b", "m/@v/v1.mod", "m/@v/v1.zip", "m/@v/v1.zip"}, afters)
+			_, _, said := sendRaw(t, m, "GET", "/storage/v1/b/modules/o", nil, "")
+			require.Nil(t, said["items"])
+			require.NotEmpty(t, said["nextPageToken"])
+			f.SetPages()
+			names, _ = listObjects(t, m, nil, 0)
+			require.Equal(t, objects, names)
+			require.Len(t, f.Log(), 10)
+		})
+	})
+	// Each object is shown as it was at some moment of the listing.
+	t.Run("smeared", func(t *testing.T) {
+		bubble(t, func(t *testing.T, f *Server, m *Machine) {
+			f.Put("a", nil, nil)
+			f.Put("b", nil, nil)
+			pick := map[string]int{}
+			f.SmearListings(func(_ *Request, name string, states int) int {
+				require.Equal(t, map[string]int{"a": 2, "b": 3, "c": 2}[name], states)
+				return pick[name]
+			})
+			f.Put("d", nil, nil) // before the listings
+			f.OnRequest(func(_ context.Context, r *Request) Fault {
+				f.Remove("a")
+				f.SetMetadata("b", map[string]string{"k": "v"})
+				f.Put("b", nil, nil)
+				f.Put("c", nil, nil)
+				return NoFault
+			})
+			for _, tt := range []struct {
+				pick map[string]int
+				want []string
+				same bool // the generation of b
+				meta int64
+			}{
+				{map[string]int{}, []string{"a", "b", "d"}, true, 1},
+				{map[string]int{"a": 1, "b": 1, "c": 1}, []string{"b", "c", "d"}, true, 2},
+				{map[string]int{"b": 2, "c": 1}, []string{"a", "b", "c", "d"}, false, 1},
+			} {
+				pick = tt.pick
+				before := f.Get("b").Generation
+				names, attrs := listObjects(t, m, nil, 0)
+				require.Equal(t, tt.want, names)
+				b := attrs[slices.Index(names, "b")]
+				require.Equal(t, tt.same, b.Generation == before)
+				require.Equal(t, tt.meta, b.Metageneration)
+				f.Remove("c")
+				f.Put("a", nil, nil)
+			}
+			f.SmearListings(nil)
+			names, _ := listObjects(t, m, nil, 0)
+			require.Equal(t, []string{"b", "c", "d"}, names)
 		})
 	})
 	t.Run("objects come and go between pages", func(t *testing.T) {
@@ -1177,6 +1276,22 @@ func TestRates(t *testing.T) {
 				}
 				require.Equal(t, 200, write())
 				require.Len(t, f.RateViolations(), 2*violations)
+
+				// All kinds of changes count together.
+				f.ShareRates(true)
+				time.Sleep(time.Second)
+				require.Equal(t, 200, update())
+				for i, change := range []func() int{write, update, func() int {
+					return httpStatus(o.If(storage.Conditions{GenerationMatch: f.Get("o").Generation}).Delete(t.Context()))
+				}, write} {
+					time.Sleep(time.Second - 1)
+					require.Equal(t, tooSoon, change())
+					require.Len(t, f.RateViolations(), (3+i)*violations)
+					if enforced {
+						time.Sleep(1)
+						require.Equal(t, 200, change())
+					}
+				}
 			})
 		})
 	}

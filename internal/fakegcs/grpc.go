@@ -206,6 +206,7 @@ func (r *rpc) do(method, path string, query url.Values, header http.Header, body
 		http.StatusBadRequest:                   codes.InvalidArgument,
 		http.StatusForbidden:                    codes.PermissionDenied,
 		http.StatusNotFound:                     codes.NotFound,
+		http.StatusGone:                         codes.NotFound,
 		http.StatusConflict:                     codes.Aborted,
 		http.StatusPreconditionFailed:           codes.FailedPrecondition,
 		http.StatusRequestedRangeNotSatisfiable: codes.OutOfRange,
@@ -620,6 +621,9 @@ func (r *rpc) bidiWriteObject() error {
 			a, err := r.chunk(session, sums, data, offset, total)
 			if err != nil {
 				return err
+			}
+			if finish && a.status == http.StatusPermanentRedirect {
+				return status.Error(codes.Unavailable, "a part of the end is not persisted")
 			}
 			if err := r.progress(a); err != nil {
 				return err

@@ -315,7 +315,7 @@ func TestGRPCFaults(t *testing.T) {
 // beginning, in its middle and at its end.
 func TestGRPCResumes(t *testing.T) {
 	content := bytes.Repeat([]byte("0123456789abcdef"), 1<<20/16)
-	for _, fault := range []Fault{Unavailable, LostReset} {
+	for _, fault := range []Fault{Unavailable, LostReset, HalfChunk} {
 		for n := range 5 { // the start, three chunks, the end
 			overGRPC(t, func(t *testing.T, f *Server, m *Machine) {
 				f.OnRequest(func(_ context.Context, r *Request) Fault {

@@ -36,6 +36,7 @@ type call struct {
 	resource resource
 	media    []byte
 	bad      string // why it cannot be understood
+	changes  int    // of the Server when it arrived
 }
 
 // resource is the part of an object's JSON that clients send.
@@ -56,6 +57,7 @@ type session struct {
 	resource resource
 	data     []byte
 	finished *answer // the answer to its finalization
+	ended    *answer // the answer to everything, of a session that is lost
 }
 
 // answer is what the layer has decided to say.
@@ -343,7 +345,7 @@ func (f *Server) arrive(m *Machine, r *http.Request) *call {
 		case rest == "o":
 			c.Op, c.Object = "list", c.query.Get("prefix")
 			after, _ := base64.URLEncoding.DecodeString(c.query.Get("pageToken"))
-			c.After = string(after)
+			c.After, _ = splitToken(after)
 		case rest == "iam/testPermissions":
 			c.Op, c.Object = "permissions", ""
 		case rest == "":
@@ -375,7 +377,7 @@ func (f *Server) arrive(m *Machine, r *http.Request) *call {
 	if s := f.sessions[c.session]; s != nil {
 		c.Object, c.Cond = s.name, maps.Clone(s.cond)
 	}
-	c.N, c.MachineN = len(f.entries), m.requests
+	c.N, c.MachineN, c.changes = len(f.entries), m.requests, len(f.changes)
 	m.requests++
 	if !f.unlogged {
 		f.entries = append(f.entries, c.Request)
