@@ -123,9 +123,7 @@ func testScan(t *testing.T, module string, short bool) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		f.Deny("storage.objects.update", "storage.objects.delete", "storage.objects.create")
 		if short {
-			m := f.Register("short")
-			m.Connect(shortPages{m, 1})
-			s = newStorage(m.Bucket)
+			f.SetPages(1)
 		}
 		var want []VersionStatus
 		requests := 0
@@ -305,7 +303,7 @@ func FuzzScan(f *testing.F) {
 				}
 			}
 			slices.SortFunc(complete, func(a, b ModuleVersion) int { return strings.Compare(a.object(extZip), b.object(extZip)) })
-			all, short := scanned(t, s, ""), f.Register("short")
+			all := scanned(t, s, "")
 			require.LessOrEqual(t, len(f.Log()), 2)
 			got := map[ModuleVersion]State{}
 			for _, status := range all {
@@ -313,8 +311,7 @@ func FuzzScan(f *testing.F) {
 			}
 			require.Equal(t, want, got)
 			require.Len(t, all, len(want))
-			short.Connect(shortPages{short, 1 + int(size%7)})
-			s = newStorage(short.Bucket)
+			f.SetPages(1+int(size%7), 0)
 			require.Equal(t, all, scanned(t, s, ""))
 			require.Equal(t, complete, catalogOf(t, s, 1+int(size/7%5)))
 			for _, module := range []string{"a", "a/b"} {

@@ -166,13 +166,20 @@ func (w *storm) run() {
 		}
 	}()
 	w.f.EnforceRates(w.rng.IntN(2) == 0)
+	w.f.ShareRates(w.rng.IntN(2) == 0)
+	w.f.SetPages([][]int{nil, {0, 1}, {2}, {3, 0, 0}}[w.rng.IntN(4)]...)
+	if w.rng.IntN(2) == 0 {
+		w.f.SmearListings(func(r *fakegcs.Request, name string, states int) int {
+			return w.chance(r.Machine, r.Start, name).IntN(states)
+		})
+	}
 	w.f.OnRequest(w.weather)
 	w.f.OnAnswer(func(ctx context.Context, r *fakegcs.Request) {
 		if r.Applied {
 			w.inspect()
 		}
 		w.mu.Lock()
-		if r.Status == http.StatusTooManyRequests || r.Status == http.StatusServiceUnavailable {
+		if r.Status == http.StatusTooManyRequests || r.Status == http.StatusServiceUnavailable || r.Op == "chunk" && !r.Applied {
 			w.failures[alike(r)]++
 		} else {
 			delete(w.failures, alike(r))
@@ -236,9 +243,8 @@ type stormMachine struct {
 }
 
 // newMachine returns a machine that keeps its own time and has its own ideas.
-func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts ...Option) *stormMachine {
-	m := &stormMachine{storm: w, Machine: w.f.Register(name)}
-	m.Connect(shortPages{m.Machine, pageSize})
+func (w *storm) newMachine(name string, skew time.Duration, opts ...Option) *stormMachine {
+	m := &stormMachine{storm: w, Machine: w.f.Machine(name)}
 	m.Bucket = m.Bucket.Retryer(storage.WithBackoff(gax.Backoff{Initial: 1, Max: 1}))
 	m.s = newStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
 	m.s.now = func() time.Time { return time.Now().Add(skew) }
@@ -254,7 +260,7 @@ func (w *storm) newMachine(name string, skew time.Duration, pageSize int, opts .
 func (w *storm) launch(name string, rng *rand.Rand) {
 	threshold := w.threshold[rng.IntN(len(w.threshold))]
 	skew := []time.Duration{0, time.Duration(rng.Int64N(int64(time.Minute))), time.Hour, -time.Hour}[rng.IntN(4)]
-	m := w.newMachine(name, skew, rng.IntN(4), WithStaleThreshold(threshold))
+	m := w.newMachine(name, skew, WithStaleThreshold(threshold))
 	for i := range 1 + rng.IntN(2) {
 		rng := rand.New(rand.NewPCG(rng.Uint64(), uint64(i)))
 		w.group.Go(func() {
@@ -264,21 +270,6 @@ func (w *storm) launch(name string, rng *rand.Rand) {
 			}
 		})
 	}
-}
-
-// shortPages makes some machines list by a few objects at a time, as GCS may.
-type shortPages struct {
-	http.RoundTripper
-	size int // 0 leaves it as it is
-}
-
-func (p shortPages) RoundTrip(r *http.Request) (*http.Response, error) {
-	if q := r.URL.Query(); p.size > 0 && strings.HasSuffix(r.URL.Path, "/o") && r.Method == http.MethodGet {
-		r = r.Clone(r.Context())
-		q.Set("maxResults", strconv.Itoa(p.size))
-		r.URL.RawQuery = q.Encode()
-	}
-	return p.RoundTripper.RoundTrip(r)
 }
 
 // act makes a call.
@@ -532,6 +523,10 @@ func (w *storm) weather(ctx context.Context, r *fakegcs.Request) fakegcs.Fault {
 	}
 	w.mu.Unlock()
 	w.awake(ctx, r)
+	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}
+	if r.Op == "chunk" {
+		faults = append(faults, fakegcs.HalfChunk, fakegcs.SessionGone, fakegcs.SessionNotFound)
+	}
 	if rng.Float64() >= w.badness {
 		return fakegcs.NoFault
 	}
@@ -539,7 +534,7 @@ func (w *storm) weather(ctx context.Context, r *fakegcs.Request) fakegcs.Fault {
 		time.AfterFunc(time.Second, m.cancel) // nobody hears the calls' ends, but they have to end
 		return []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter}[rng.IntN(2)]
 	}
-	return []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}[rng.IntN(9)]
+	return faults[rng.IntN(len(faults))]
 }
 
 // inspect holds what is in the bucket against the invariants.
@@ -578,7 +573,7 @@ func (w *storm) inspect() {
 // clearUp sees that all versions can still be saved, and read.
 func (w *storm) clearUp() {
 	const threshold = 20 * time.Second
-	m := w.newMachine("last", 0, 0, WithStaleThreshold(threshold))
+	m := w.newMachine("last", 0, WithStaleThreshold(threshold))
 	m.steady = true
 	for _, vers := range w.versions {
 		began := time.Now()
