@@ -2,10 +2,12 @@
 package athens
 
 import (
+	"io/fs"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -18,67 +20,159 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// files are the files of the guide, and where they go in Athens.
-var files = map[string]string{
-	"gcp.go.txt":      "pkg/storage/gcp/gcp.go",
-	"with_gcs.go.txt": "pkg/stash/with_gcs.go",
-	"otel.go.txt":     "cmd/proxy/otel.go",
+// An athens is a copy of the stand-ins for Athens' packages, with a go command that
+// tidies nothing: for that it would download what the dependencies are tested with. It
+// builds with cgo, as the other tests are built, so that little is compiled again.
+type athens struct {
+	t   *testing.T
+	dir string
+	env []string
 }
 
-// TestFilesInAthens builds the files in a copy of Athens' packages (the shapes of
-// v0.18, see testdata) and runs the tests there, on the emulator.
-func TestFilesInAthens(t *testing.T) {
-	library, err := filepath.Abs("../..")
+func newAthens(t *testing.T) athens {
+	if runtime.GOOS == "windows" {
+		t.Skip("the installer is a shell script")
+	}
+	t.Helper()
+	work, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
-	work := t.TempDir()
-	require.NoError(t, os.CopyFS(work, os.DirFS("testdata")))
-	write := func(name, content string) {
-		t.Helper()
-		name = filepath.Join(work, name)
-		require.NoError(t, os.MkdirAll(filepath.Dir(name), 0o755))
-		require.NoError(t, os.WriteFile(name, []byte(content), 0o644))
+	a := athens{t, filepath.Join(work, "some where", "athens"), append(os.Environ(), "GOWORK=off", "GOFLAGS=", "GOPROXY=off",
+		"GIT_DIR=none", "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))}
+	require.NoError(t, os.CopyFS(a.dir, os.DirFS("testdata/athens")))
+	require.NoError(t, os.CopyFS(filepath.Join(work, "autoexport"), os.DirFS("testdata/autoexport")))
+	a.write("../../autoexport/go.mod", "module go.opentelemetry.io/contrib/exporters/autoexport\n")
+	a.write("cmd/proxy/otel.go", text(t, "otel.go.txt"))
+	for file := range strings.FieldsSeq("cataloger checker deleter doc gcp gcp_test getter lister saver") {
+		a.write("pkg/storage/gcp/"+file+".go", "package gcp\n")
 	}
-	for file, place := range files {
-		write("athens/"+place, text(t, file))
-	}
-	write("autoexport/go.mod", "module go.opentelemetry.io/contrib/exporters/autoexport\n")
+	a.write("pkg/stash/with_gcs.go", "package stash\n")
 	// The versions of this module, so that nothing has to be downloaded.
-	write("athens/go.mod", strings.Replace(text(t, "../../go.mod"), "module github.com/athensgcs/gcs", "module github.com/gomods/athens", 1)+`
-require (
-	github.com/athensgcs/gcs v0.0.0
-	go.opentelemetry.io/contrib/exporters/autoexport v0.0.0
-)
+	a.write("go.mod", strings.Replace(text(t, "../../go.mod"), "module github.com/athensgcs/gcs", "module github.com/gomods/athens", 1)+`
+require go.opentelemetry.io/contrib/exporters/autoexport v0.0.0
 
-replace (
-	github.com/athensgcs/gcs => `+strconv.Quote(library)+`
-	go.opentelemetry.io/contrib/exporters/autoexport => ../autoexport
-)
-`)
-	write("athens/go.sum", text(t, "../../go.sum"))
+replace go.opentelemetry.io/contrib/exporters/autoexport => `+strconv.Quote(filepath.Join(work, "autoexport"))+"\n")
+	a.write("go.sum", text(t, "../../go.sum"))
+	goCommand, err := exec.LookPath("go")
+	require.NoError(t, err)
+	a.write("../../bin/go", "#!/bin/sh\n[ \"$*\" = 'mod tidy' ] && exec touch '"+filepath.Join(work, "tidied")+"'\nunset CGO_ENABLED\nexec '"+goCommand+"' \"$@\"\n")
+	return a
+}
+
+func (a athens) write(name, content string) {
+	a.t.Helper()
+	name = filepath.Join(a.dir, name)
+	require.NoError(a.t, os.MkdirAll(filepath.Dir(name), 0o755))
+	require.NoError(a.t, os.WriteFile(name, []byte(content), 0o755))
+}
+
+// run runs a command in the folder.
+func (a athens) run(name string, args ...string) (output string, err error) {
+	cmd := exec.CommandContext(a.t.Context(), name, args...)
+	cmd.Dir, cmd.Env = a.dir, a.env
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (a athens) install(args ...string) (output string, err error) {
+	a.t.Helper()
+	script, err := filepath.Abs("install")
+	require.NoError(a.t, err)
+	return a.run(script, append([]string{a.dir}, args...)...)
+}
+
+// files returns the contents of all files.
+func (a athens) files() map[string]string {
+	a.t.Helper()
+	files := map[string]string{}
+	require.NoError(a.t, filepath.WalkDir(a.dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			files[strings.TrimPrefix(path, a.dir+"/")] = text(a.t, path)
+		}
+		return err
+	}))
+	return files
+}
+
+// TestInstall installs the files in a copy of Athens' packages (the shapes of v0.18,
+// see testdata) and runs the tests there, on the emulator.
+func TestInstall(t *testing.T) {
+	a := newAthens(t)
+	out, err := a.install()
+	require.NoError(t, err, "%s", out)
+	require.FileExists(t, filepath.Join(a.dir, "../../tidied"))
+	installed := a.files()
+	for file, place := range map[string]string{"gcp.go.txt": "pkg/storage/gcp/gcp.go", "gcp_test.go.txt": "pkg/storage/gcp/gcp_test.go", "with_gcs.go.txt": "pkg/stash/with_gcs.go"} {
+		require.Equal(t, text(t, file), installed[place])
+		require.Contains(t, out, "wrote "+filepath.Join(a.dir, place)+"\n")
+	}
+	require.NotContains(t, installed, "pkg/storage/gcp/saver.go")
+	require.Contains(t, out, "removed "+filepath.Join(a.dir, "pkg/storage/gcp/saver.go")+"\n")
+	require.Regexp(t, `github\.com/athensgcs/gcs => "?\.\./\.\./`, installed["go.mod"])
+	program := filepath.Join(a.dir, "bin/athens-proxy")
+	version, err := a.run(program, "-version")
+	require.NoError(t, err)
+	require.Regexp(t, `^version unset built \d{4}(-\d\d){2}-\d\d:\d\d:\d\d-UTC\n$`, version)
 
 	bucket := fakegcs.New()
 	defer bucket.Close()
 	server := httptest.NewServer(bucket.Handler())
 	defer server.Close()
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-timeout=1m", "./...")
-	if testing.Verbose() {
-		cmd.Args = append(cmd.Args, "-v")
-	}
-	cmd.Dir = filepath.Join(work, "athens")
-	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "GOPROXY=off",
-		"STORAGE_EMULATOR_HOST="+server.URL, "TEST_BUCKET="+fakegcs.Bucket)
-	out, err := cmd.CombinedOutput()
+	outside := a.env
+	a.env = append(outside, "STORAGE_EMULATOR_HOST="+server.URL, "TEST_BUCKET="+fakegcs.Bucket)
+	out, err = a.run("go", "test", "-v", "-timeout=1m", "./...")
 	require.NoError(t, err, "%s", out)
-	t.Logf("%s", out)
+	require.NotContains(t, out, "SKIP")
+	require.Contains(t, out, "--- PASS: TestBackend")
+	require.Contains(t, out, "--- PASS: TestSingleFlight")
+	if testing.Verbose() {
+		t.Log(out)
+	}
+	a.env = append(outside, "STORAGE_EMULATOR_HOST=", "ATHENS_STORAGE_GCP_BUCKET=")
+	out, err = a.run("go", "test", "-v", "./pkg/storage/gcp")
+	require.NoError(t, err, "%s", out)
+	require.NotContains(t, out, "PASS:")
+	require.Contains(t, out, "neither ATHENS_STORAGE_GCP_BUCKET names a bucket")
+
+	// A second time nothing changes but the program.
+	a.env = outside
+	require.NoError(t, os.RemoveAll(filepath.Dir(program)))
+	delete(installed, "bin/athens-proxy")
+	out, err = a.install("../elsewhere/proxy")
+	require.NoError(t, err, "%s", out)
+	program = filepath.Join(filepath.Dir(a.dir), "elsewhere/proxy")
+	require.FileExists(t, program)
+	require.Equal(t, installed, a.files())
+	require.NotRegexp(t, "wrote|removed", out)
 }
 
-// The guide shows the files as they are.
-func TestGuideShowsFiles(t *testing.T) {
-	guide := text(t, "../athens.md")
-	for file := range files {
-		require.Contains(t, guide, "\n```go\n"+text(t, file)+"```\n", file)
+// What is no Athens, or not one that the files fit, stays as it is.
+func TestInstallRefuses(t *testing.T) {
+	for _, test := range []struct{ name, file, content, says string }{
+		{"another module", "go.mod", "module github.com/gomods/athens-fork\n", "is no checkout of Athens"},
+		{"another file", "pkg/storage/gcp/locker.go", "package gcp\n", "locker.go"},
+		{"another shape", "pkg/config/config.go", "package config\n\ntype GCPConfig struct{ Name string }\n", "conf.Bucket undefined"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a := newAthens(t)
+			a.write(test.file, test.content)
+			before := a.files()
+			out, err := a.install()
+			require.Error(t, err, "%s", out)
+			require.Contains(t, out, test.says)
+			require.Contains(t, out, "nothing has changed")
+			require.Equal(t, before, a.files())
+		})
 	}
-	require.Equal(t, len(files), strings.Count(guide, "\n```go\n"))
+	a := newAthens(t)
+	require.NoError(t, os.Remove(filepath.Join(a.dir, "pkg/stash/with_gcs.go")))
+	out, err := a.install()
+	require.Error(t, err)
+	require.Contains(t, out, "it has no pkg/stash/with_gcs.go")
+	a.dir = t.TempDir()
+	out, err = a.install()
+	require.Error(t, err)
+	require.Contains(t, out, "is no checkout of Athens")
+	require.Empty(t, a.files())
 }
 
 func text(t *testing.T, name string) string {

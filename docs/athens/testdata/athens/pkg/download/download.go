@@ -15,7 +15,7 @@ import (
 type Opts struct {
 	Storage storage.Backend
 	Stasher stash.Stasher
-	Logger  log.Logger
+	Logger  *log.Logger
 	Async   bool // the download mode "async"
 }
 

@@ -2,23 +2,93 @@
 package log
 
 import (
-	"context"
 	stderrors "errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"os"
+	"strings"
 
 	"github.com/gomods/athens/pkg/errors"
 )
 
-// Logger is the log of Athens.
-type Logger struct{ *slog.Logger }
+// Entry is what lines are written with.
+type Entry interface {
+	Debugf(format string, args ...any)
+	Infof(format string, args ...any)
+	Warnf(format string, args ...any)
+	Errorf(format string, args ...any)
+	WithFields(fields map[string]any) Entry
+	SystemErr(err error)
+}
 
-// SystemErr logs an error with its fields, at the level of its severity.
-func (l Logger) SystemErr(err error) {
-	var e errors.Error
-	if !stderrors.As(err, &e) {
-		l.Error(err.Error())
+// Logger is the log of Athens.
+type Logger struct{ entry }
+
+type entry struct{ l *slog.Logger }
+
+// New returns a Logger to standard output.
+func New(cloudProvider string, level slog.Level, format string) *Logger {
+	return NewWithOutput(os.Stdout, cloudProvider, level, format)
+}
+
+// NewWithOutput returns a Logger whose lines are Cloud Logging's, JSON or plain.
+func NewWithOutput(w io.Writer, cloudProvider string, level slog.Level, format string) *Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if cloudProvider == "GCP" {
+		format = "json"
+		opts.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.LevelKey {
+				a.Key = "severity"
+			}
+			return a
+		}
+	}
+	if format == "json" {
+		return &Logger{entry{slog.New(slog.NewJSONHandler(w, opts))}}
+	}
+	return &Logger{entry{slog.New(slog.NewTextHandler(w, opts))}}
+}
+
+// ParseLevel knows the names of another logger too.
+func ParseLevel(s string) (slog.Level, error) {
+	switch strings.ToLower(s) {
+	case "trace", "debug":
+		return slog.LevelDebug, nil
+	case "info":
+		return slog.LevelInfo, nil
+	case "warn", "warning":
+		return slog.LevelWarn, nil
+	case "error", "fatal", "panic":
+		return slog.LevelError, nil
+	}
+	return slog.LevelInfo, fmt.Errorf("no level: %q", s)
+}
+
+func (e entry) Debugf(format string, args ...any) { e.l.Debug(fmt.Sprintf(format, args...)) }
+func (e entry) Infof(format string, args ...any)  { e.l.Info(fmt.Sprintf(format, args...)) }
+func (e entry) Warnf(format string, args ...any)  { e.l.Warn(fmt.Sprintf(format, args...)) }
+func (e entry) Errorf(format string, args ...any) { e.l.Error(fmt.Sprintf(format, args...)) }
+
+func (e entry) WithFields(fields map[string]any) Entry {
+	for k, v := range fields {
+		e.l = e.l.With(k, v)
+	}
+	return e
+}
+
+// SystemErr logs an error with its fields, as an error or, if it is expected, as info.
+func (e entry) SystemErr(err error) {
+	var athens errors.Error
+	if !stderrors.As(err, &athens) {
+		e.Errorf("%v", err)
 		return
 	}
-	l.Log(context.Background(), errors.Severity(err), err.Error(), "operation", e.Op, "kind", errors.Kind(err),
-		"module", e.Module, "version", e.Version, "ops", errors.Ops(e))
+	with := e.WithFields(map[string]any{"operation": athens.Op, "kind": errors.Kind(err),
+		"module": athens.Module, "version": athens.Version, "ops": errors.Ops(athens)})
+	if errors.Severity(err) == slog.LevelInfo {
+		with.Infof("%v", err)
+		return
+	}
+	with.Errorf("%v", err)
 }
