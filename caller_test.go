@@ -246,6 +246,8 @@ func TestPrefixOfLongName(t *testing.T) {
 		f.ResetLog()
 		_, err = below.Exists(t.Context(), long, testVersion)
 		requireError(t, err, KindBadRequest, "gcs.Exists", long, testVersion)
+		_, err = below.List(t.Context(), strings.Repeat("m", maxObjectName-1))
+		require.Equal(t, KindBadRequest, Kind(err))
 		require.Empty(t, f.Log())
 	})
 }
@@ -254,26 +256,27 @@ func TestPrefix(t *testing.T) {
 	forEach(t, inCrowd, []string{"athens", "athens/"}, func(t *testing.T, f *fakeGCS, prefix string) {
 		s := NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))
 		next := stashFunc(func(ctx context.Context, _, vers string) (string, error) {
-			require.NotNil(t, f.Server.Get("athens/"+objectName(extClaim)))
+			require.NotNil(t, f.Get("athens/"+objectName(extClaim)))
 			return vers, contentOf("a", 100).save(ctx, s)
 		})
 		requireStash(t, s.SingleFlight(next), testVersion, testVersion)
 		require.Equal(t, []string{
 			"athens/" + objectName(extInfo), "athens/" + objectName(extMod), "athens/" + objectName(extZip),
-		}, f.Server.Names())
-		require.NoError(t, saveVersion(t.Context(), s, testModule, "v2.0.0"))
+		}, f.Names())
+		const beside = testVersion + ".j" // whose names lie between those of testVersion
+		require.NoError(t, saveVersion(t.Context(), s, testModule, beside))
 		require.NoError(t, s.Check(t.Context()))
-		requireList(t, s, testModule, testVersion, "v2.0.0")
+		requireList(t, s, testModule, beside, testVersion)
 		_, token, err := s.Catalog(t.Context(), "", 1)
 		require.NoError(t, err)
 		require.NotContains(t, token, "athens")
-		require.Equal(t, []ModuleVersion{{testModule, testVersion}, {testModule, "v2.0.0"}}, catalogOf(t, s, 1))
+		require.Equal(t, []ModuleVersion{{testModule, beside}, {testModule, testVersion}}, catalogOf(t, s, 1))
 		info, err := s.Info(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		require.Equal(t, contentOf("a", 100).info, info)
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-		require.NoError(t, s.Delete(t.Context(), testModule, "v2.0.0"))
-		require.Empty(t, f.Server.Names())
+		require.NoError(t, s.Delete(t.Context(), testModule, beside))
+		require.Empty(t, f.Names())
 	})
 }
 
@@ -294,6 +297,9 @@ func TestPrefixesApart(t *testing.T) {
 			for _, status := range scanned(t, s, "") {
 				require.Equal(t, ModuleVersion{testModule, vers}, status.ModuleVersion)
 			}
+		}
+		for _, r := range f.Log() { // and list nothing else
+			require.True(t, r.Machine == "" || strings.HasPrefix(r.Object, r.Machine+"/"), "%v", r)
 		}
 		require.ErrorIs(t, a.Delete(t.Context(), testModule, "v2.0.0"), fs.ErrNotExist)
 		requireList(t, none, "a/"+testModule, "v1.0.0")

@@ -4,7 +4,6 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
-	"strings"
 	"testing"
 	"time"
 
@@ -13,7 +12,7 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// fakeGCS is the bucket of a test. It names all objects without testPrefix.
+// fakeGCS is the bucket of a test.
 type fakeGCS struct {
 	*fakegcs.Server
 	tolerant bool
@@ -42,46 +41,6 @@ func newFakeGCS(t testing.TB) *fakeGCS {
 // tolerate lets the test end with violations.
 func (f *fakeGCS) tolerate() { f.tolerant = true }
 
-func (f *fakeGCS) Put(name string, data []byte, metadata map[string]string) (generation int64) {
-	return f.Server.Put(testPrefix+name, data, metadata)
-}
-
-func (f *fakeGCS) PutAt(name string, data []byte, metadata map[string]string, created time.Time) (generation int64) {
-	return f.Server.PutAt(testPrefix+name, data, metadata, created)
-}
-
-func (f *fakeGCS) SetMetadata(name string, metadata map[string]string) {
-	f.Server.SetMetadata(testPrefix+name, metadata)
-}
-
-func (f *fakeGCS) Get(name string) *fakegcs.Object { return f.Server.Get(testPrefix + name) }
-
-func (f *fakeGCS) Objects() map[string]*fakegcs.Object {
-	objects := map[string]*fakegcs.Object{}
-	for name, o := range f.Server.Objects() {
-		objects[strings.TrimPrefix(name, testPrefix)] = o
-	}
-	return objects
-}
-
-func (f *fakeGCS) Remove(name string) { f.Server.Remove(testPrefix + name) }
-
-func (f *fakeGCS) Names() []string {
-	names := f.Server.Names()
-	for i := range names {
-		names[i] = strings.TrimPrefix(names[i], testPrefix)
-	}
-	return names
-}
-
-func (f *fakeGCS) Log() []fakegcs.Request {
-	log := f.Server.Log()
-	for i := range log {
-		log[i].Object = strings.TrimPrefix(log[i].Object, testPrefix)
-	}
-	return log
-}
-
 // onRequest is OnRequest for a hook that does not care for the context; nil ends
 // the hooks.
 func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
@@ -89,10 +48,7 @@ func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 		f.OnRequest(nil)
 		return
 	}
-	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
-		r.Object = strings.TrimPrefix(r.Object, testPrefix)
-		return hook(r)
-	})
+	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault { return hook(r) })
 }
 
 // fault gives a fault to some requests.
@@ -107,10 +63,7 @@ func (f *fakeGCS) fault(fault fakegcs.Fault, to func(*fakegcs.Request) bool) {
 
 // onAnswer is OnAnswer for a hook that does not care for the context.
 func (f *fakeGCS) onAnswer(hook func(*fakegcs.Request)) {
-	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) {
-		r.Object = strings.TrimPrefix(r.Object, testPrefix)
-		hook(r)
-	})
+	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) { hook(r) })
 }
 
 // listen serves the bucket on a loopback port, for tests with real sockets and

@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"os"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -36,13 +35,8 @@ func TestMain(m *testing.M) {
 	m.Run()
 }
 
-// testPrefix is below which all tests put their objects. Tests name objects without
-// it; fakeGCS and newStorage add it.
-var testPrefix = os.Getenv("GCS_TEST_PREFIX")
-
-// newStorage is NewStorage below testPrefix.
 func newStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
-	return NewStorage(bucket, append([]Option{WithPrefix(testPrefix)}, opts...)...)
+	return NewStorage(bucket, opts...)
 }
 
 // storage returns a Storage on a machine of its own.
@@ -240,7 +234,7 @@ func (m *missingOnce) RoundTrip(r *http.Request) (*http.Response, error) {
 		resp.Body.Close()
 		items, _ := page["items"].([]any)
 		page["items"] = slices.DeleteFunc(items, func(item any) bool {
-			return item.(map[string]any)["name"] == testPrefix+m.name
+			return item.(map[string]any)["name"] == m.name
 		})
 		b, _ := json.Marshal(page)
 		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))

@@ -157,7 +157,7 @@ func TestGoodNames(t *testing.T) {
 		"@v",
 	}
 	type row struct{ module, version string }
-	rows := []row{{longModule(1024 - len(testPrefix)), "v1.0.0"}}
+	rows := []row{{longModule(1024), "v1.0.0"}}
 	for _, module := range modules {
 		rows = append(rows, row{module, "v1.0.0"})
 	}
