@@ -62,14 +62,20 @@ func readMarker(attrs *storage.ObjectAttrs) (marker, bool) {
 	return marker{}, false
 }
 
-// isFresh reports whether the marker's time is less than the threshold away from
-// now. A marker from further in the future is judged by the clock of GCS.
+// isFresh reports whether the marker's time is less than the threshold away from now.
 func (m marker) isFresh(now time.Time, threshold time.Duration) bool {
+	t := m.time(now, threshold)
+	return !m.isGivenUp() && t.Sub(now).Abs() < threshold
+}
+
+// time returns when the marker was renewed: by the clock of GCS, if its own time is
+// further in the future than the threshold.
+func (m marker) time(now time.Time, threshold time.Duration) time.Time {
 	t := m.renewed
 	if t.Sub(now) > threshold {
 		t = m.updated
 	}
-	return !m.isGivenUp() && t.Sub(now).Abs() < threshold
+	return t
 }
 
 // isGivenUp reports whether the object's writer said that it failed.

@@ -18,7 +18,7 @@ type VersionStatus struct {
 	Renewed time.Time `json:"renewed,omitzero"`  // the time of the marker, by its writer's clock; 1970 if the writer gave up
 	Updated time.Time `json:"updated,omitzero"`  // the newest update of an object, by the clock of GCS
 	Size    int64     `json:"size"`              // of the three objects, in bytes
-	Claimed time.Time `json:"claimed,omitzero"`  // the time of the claim of a single flight
+	Claimed time.Time `json:"claimed,omitzero"`  // when the claim of a single flight was renewed; 1970 if nobody holds it
 }
 
 // Scan yields every version of which the bucket holds any object, of one module, or
@@ -54,7 +54,7 @@ func (s *Storage) Scan(ctx context.Context, module string) iter.Seq2[VersionStat
 			if found.empty() && found.claim == nil {
 				continue // deleted since its page was listed
 			}
-			if !yield(statusOf(found), nil) {
+			if !yield(s.statusOf(found), nil) {
 				break
 			}
 		}
@@ -68,7 +68,7 @@ func (s *Storage) modulePrefix(module string) (string, error) {
 }
 
 // statusOf describes a version that was listed.
-func statusOf(found *listing) VersionStatus {
+func (s *Storage) statusOf(found *listing) VersionStatus {
 	seen := found.snapshot
 	status := VersionStatus{ModuleVersion: found.ModuleVersion, State: found.state}
 	for _, ext := range []string{extInfo, extMod, extZip} {
@@ -85,8 +85,11 @@ func statusOf(found *listing) VersionStatus {
 	if m, marked := readMarker(seen.mod); marked {
 		status.Renewed = m.renewed
 	}
-	if m, marked := readMarker(seen.claim); marked {
-		status.Claimed = m.renewed
+	if seen.claim != nil {
+		status.Claimed = givenUp // without a marker, nobody holds it
+		if m, marked := readMarker(seen.claim); marked {
+			status.Claimed = m.time(s.now(), s.claimThreshold())
+		}
 	}
 	return status
 }

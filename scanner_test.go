@@ -38,6 +38,8 @@ func stateCases() []stateCase {
 	return []stateCase{
 		{"claimed", files{extClaim: at(time.Second, "c")}, Absent, 0, Absent, 1},
 		{"claimed by a dead one", files{extClaim: at(time.Minute, "c")}, Absent, 0, Absent, 2},
+		{"claimed by a clock that is ahead", files{extClaim: at(-time.Hour, "c")}, Absent, 0, Absent, 1},
+		{"claimed without a marker", files{extClaim: nil}, Absent, 0, Absent, 2},
 		{".info", files{extInfo: nil}, Partial, 1, Absent, 4},
 		{".mod", files{extMod: nil}, Partial, 1, Absent, 3},
 		{".zip", files{extZip: nil}, Partial, 1, Absent, 4},
@@ -93,7 +95,15 @@ func (c stateCase) status(v ModuleVersion) VersionStatus {
 	if c.files[extMod][keyInProgressOld] != "" {
 		status.Renewed = time.Now().Add(-ages[extMod]).UTC()
 	}
-	status.Claimed, _ = time.Parse(time.RFC3339Nano, c.files[extClaim][keyInProgress])
+	if marker, ok := c.files[extClaim]; ok {
+		status.Claimed = givenUp
+		if renewed, err := time.Parse(time.RFC3339Nano, marker[keyInProgress]); err == nil {
+			status.Claimed = renewed
+		}
+		if now := time.Now().UTC(); status.Claimed.After(now) {
+			status.Claimed = now // by the clock of GCS
+		}
+	}
 	return status
 }
 

@@ -42,6 +42,7 @@ func TestBinary(t *testing.T) {
 	binary := build(t, ".")
 	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
 	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
+	t.Run("second interrupt", func(t *testing.T) { testSecondInterrupt(t, binary) })
 	t.Run("proxy", func(t *testing.T) { testProxy(t, binary) })
 }
 

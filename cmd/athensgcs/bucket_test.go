@@ -94,6 +94,12 @@ func marked(id string, ago time.Duration) map[string]string {
 	return map[string]string{"in-progress": time.Now().Add(-ago).UTC().Format(time.RFC3339Nano), "save-id": id}
 }
 
+// oddObjects are below /@v/, and not of versions that a server saves.
+var oddObjects = []string{
+	"example.com/odd/@v/latest.info", "example.com/odd/@v/list.lock", "example.com/odd/@v/notes.zip", "example.com/odd/@v/v1.mod",
+	"github.com/!burnt!sushi/toml/@v/v1.0.0.info", "github.com/!burnt!sushi/toml/@v/v1.0.0.mod", "github.com/!burnt!sushi/toml/@v/v1.0.0.zip",
+}
+
 // fillStates stores a version in every state.
 func (b *bucket) fillStates() {
 	r := func(name string) release { return newRelease("example.com/"+name, "v1.0.0") }
@@ -107,7 +113,12 @@ func (b *bucket) fillStates() {
 	b.put(r("unfinished"), marked("U", 0), "info", "mod", "zip")
 	b.put(r("staleclaim"), marked("S", 0), "lock")
 	b.put(r("futureclaim"), marked("S", -24*time.Hour), "lock")
+	b.put(r("leftclaim"), nil, "info", "mod", "zip")
+	b.put(r("leftclaim"), marked("L", 0), "lock")
 	b.Put("example.com/unrelated.txt", []byte("no module"), nil)
+	for _, odd := range oddObjects {
+		b.Put(odd, []byte("odd"), nil)
+	}
 	time.Sleep(3 * time.Hour)
 	b.put(r("inprogress"), marked("I", 10*time.Second), "mod")
 	b.put(r("claimed"), marked("C", 10*time.Second), "lock")

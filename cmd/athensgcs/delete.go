@@ -44,7 +44,7 @@ func (p *program) deleteVersions(ctx context.Context) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		r := repaired{VersionStatus: v, Action: removed}
+		r := repaired{version: p.newVersion(v), Action: removed}
 		sum := repairs{DryRun: p.dryRun}
 		return statusOK, p.print(r, describe(v, time.Now())+": "+sum.tense(r.Action))
 	})

@@ -14,12 +14,14 @@ import (
 // options are the flags of all commands.
 type options struct {
 	bucket, prefix, module string
-	stale                  time.Duration
+	stale, since           duration
 	json, grpc             bool
 
 	jobs        int
+	oddNames    bool
 	dryRun      bool   // repair
 	sums, sumdb string // verify
+	strict      bool
 }
 
 func (p *program) flags(command *command) *flag.FlagSet {
@@ -31,18 +33,14 @@ func (p *program) flags(command *command) *flag.FlagSet {
 	}
 	f.StringVar(&p.bucket, "bucket", "", "`name` of the bucket; required")
 	f.StringVar(&p.prefix, "prefix", "", "`prefix` of the names of all objects, such as athens/")
-	f.DurationVar(&p.stale, "stale", gcs.DefaultStaleThreshold, "`time` after which a save that shows no sign of life is abandoned: use the value of the servers")
+	p.stale = duration(gcs.DefaultStaleThreshold)
+	f.Var(&p.stale, "stale", "`time` after which a save that shows no sign of life is abandoned: use the value of the servers")
 	f.BoolVar(&p.json, "json", false, "a line of JSON for each version, and the summary last")
 	f.BoolVar(&p.grpc, "grpc", false, "talk gRPC to the storage")
 	if command.flags != nil {
 		command.flags(p, f)
 	}
 	return f
-}
-
-// moduleFlag is for the commands that go through the bucket.
-func (p *program) moduleFlag(f *flag.FlagSet) {
-	f.StringVar(&p.module, "module", "", "only the versions of the module of this `path`")
 }
 
 func (p *program) parse(command *command, f *flag.FlagSet, args []string) error {
@@ -60,9 +58,32 @@ func (p *program) parse(command *command, f *flag.FlagSet, args []string) error 
 	case p.bucket == "":
 		return errors.New("the bucket is missing: add -bucket NAME")
 	case p.stale <= 0:
-		return fmt.Errorf("-stale is %v, and must be more than 0", p.stale)
+		return fmt.Errorf("-stale is %v, and must be more than 0", &p.stale)
+	case isSet(f, "since") && p.since <= 0:
+		return fmt.Errorf("-since is %v, and must be more than 0", &p.since)
+	case p.strict && p.sums+p.sumdb == "":
+		return errors.New("-strict needs -sums or -sumdb")
 	case f.Lookup("j") != nil && p.jobs <= 0:
 		return fmt.Errorf("-j is %d, and must be more than 0", p.jobs)
 	}
+	return nil
+}
+
+func isSet(f *flag.FlagSet, name string) (set bool) {
+	f.Visit(func(f *flag.Flag) { set = set || f.Name == name })
+	return set
+}
+
+// A duration is a flag's time.Duration, whose error says what is missing.
+type duration time.Duration
+
+func (d *duration) String() string { return time.Duration(*d).String() }
+
+func (d *duration) Set(text string) error {
+	parsed, err := time.ParseDuration(text)
+	if err != nil {
+		return errors.New("it takes a number and a unit, as in 120s or 2m")
+	}
+	*d = duration(parsed)
 	return nil
 }

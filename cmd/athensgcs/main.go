@@ -25,6 +25,7 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"time"
 
 	"cloud.google.com/go/storage"
 	"golang.org/x/term"
@@ -50,15 +51,27 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second interrupt does not wait
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	p := newProgram(os.Stdout, os.Stderr)
+	ctx, interrupt := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		interrupt()
+		<-signals // does not wait
+		p.temp.remove()
+		os.Exit(statusFailed)
+	}()
+	os.Exit(p.run(ctx, os.Args[1:]))
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	return newProgram(stdout, stderr).run(ctx, args)
+}
+
+func newProgram(stdout, stderr io.Writer) *program {
 	f, ok := stderr.(*os.File)
-	p := &program{stdout: stdout, stderr: stderr, connect: connect, terminal: ok && term.IsTerminal(int(f.Fd()))}
-	return p.run(ctx, args)
+	return &program{stdout: stdout, stderr: stderr, connect: connect, terminal: ok && term.IsTerminal(int(f.Fd()))}
 }
 
 // connect returns a client with application default credentials, or one of the
@@ -82,6 +95,7 @@ type program struct {
 	client   *storage.Client
 	storage  *gcs.Storage
 	progress *progress
+	temp     tempDir
 }
 
 // A command is what the first argument names.
@@ -168,6 +182,7 @@ func (p *program) execute(ctx context.Context, command *command) (int, error) {
 	p.storage = p.newStorage(p.bucket, p.prefix)
 	p.startProgress(0)
 	defer func() { p.progress.done() }()
+	defer p.temp.remove()
 	status, err := command.run(p, ctx)
 	switch {
 	case err != nil && ctx.Err() != nil:
@@ -179,7 +194,7 @@ func (p *program) execute(ctx context.Context, command *command) (int, error) {
 }
 
 func (p *program) newStorage(bucket, prefix string) *gcs.Storage {
-	return gcs.NewStorage(p.client.Bucket(bucket), gcs.WithPrefix(prefix), gcs.WithStaleThreshold(p.stale))
+	return gcs.NewStorage(p.client.Bucket(bucket), gcs.WithPrefix(prefix), gcs.WithStaleThreshold(time.Duration(p.stale)))
 }
 
 // startProgress starts the display of progress anew, with the bytes that are to pass if

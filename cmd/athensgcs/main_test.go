@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -57,6 +58,8 @@ func TestStates(t *testing.T) {
 		{"repair.txt", "repair", statusFound, true},
 		{"repair.json", "repair -json", statusFound, true},
 		{"repair-module.txt", "repair -module example.com/partial", statusOK, true},
+		{"check-odd.txt", "check -odd-names -module example.com/odd", statusFound, false},
+		{"repair-odd.txt", "repair -odd-names", statusFound, true},
 	} {
 		t.Run(tt.golden, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -100,16 +103,23 @@ func TestHelp(t *testing.T) {
 
 func TestWrongUsage(t *testing.T) {
 	for args, want := range map[string]string{
-		"":                           "run athensgcs help",
-		"prune":                      `no command "prune"`,
-		"check":                      "add -bucket NAME; run athensgcs check -h",
-		"check -bucket":              "needs an argument: -bucket; run athensgcs check -h",
-		"check -bucket b -purge":     "not defined: -purge; run athensgcs check -h",
-		"check -bucket b -dry-run":   "not defined: -dry-run",
-		"check -bucket b c":          `"c" is no flag`,
-		"check -bucket b -stale 2":   "-stale",
-		"repair -bucket b -stale 0s": "-stale is 0s",
-		"verify -bucket b -j 0":      "-j is 0",
+		"":                            "run athensgcs help",
+		"prune":                       `no command "prune"`,
+		"check":                       "add -bucket NAME; run athensgcs check -h",
+		"check -bucket":               "needs an argument: -bucket; run athensgcs check -h",
+		"check -bucket b -purge":      "not defined: -purge; run athensgcs check -h",
+		"check -bucket b -dry-run":    "not defined: -dry-run",
+		"check -bucket b c":           `"c" is no flag`,
+		"check -bucket b -stale 120":  `"120" for flag -stale: it takes a number and a unit, as in 120s`,
+		"verify -bucket b -since 0s":  "-since is 0s, and must be more than 0",
+		"check -bucket b -since -24h": "-since is -24h0m0s, and must be more than 0",
+		"check -bucket b -since 24":   "it takes a number and a unit",
+		"repair -bucket b -since 24h": "not defined: -since",
+		"repair -bucket b -j 0":       "-j is 0",
+		"verify -bucket b -strict":    "-strict needs -sums or -sumdb",
+		"show -bucket b":              "MODULE@VERSION is missing",
+		"repair -bucket b -stale 0s":  "-stale is 0s",
+		"verify -bucket b -j 0":       "-j is 0",
 	} {
 		var stdout, stderr bytes.Buffer
 		assert.Equal(t, statusFailed, run(t.Context(), strings.Fields(args), &stdout, &stderr), args)
@@ -181,11 +191,37 @@ func TestRepairFails(t *testing.T) {
 			b.Retain(true)
 			status, stdout, stderr := b.run("repair", "-json="+strconv.FormatBool(name == "repair-fails.json"))
 			golden(t, name, stdout)
-			assertLine(t, stderr, "6 versions could not be repaired; see above")
+			assertLine(t, stderr, "7 versions could not be repaired; see above")
 			assert.Equal(t, statusFailed, status)
 			assert.Empty(t, b.Get("example.com/unfinished/@v/v1.0.0.mod").Metadata)
 		})
 	}
+}
+
+// TestRepairMany repairs many versions at the same time, and counts the requests.
+func TestRepairMany(t *testing.T) {
+	b := newBucket(t)
+	const versions = 10_000
+	for i := range versions {
+		b.put(release{module: fmt.Sprintf("example.com/%05d", i), version: "v1.0.0"}, nil, "mod")
+	}
+	const stuck = "example.com/00017/@v/v1.0.0.mod"
+	real := b.transport
+	b.transport = roundTripper(func(r *http.Request) (*http.Response, error) {
+		if r.Method == http.MethodDelete && strings.Contains(r.URL.Path, "00017") {
+			return &http.Response{StatusCode: 403, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("held"))}, nil
+		}
+		return real.RoundTrip(r)
+	})
+	status, stdout, stderr := b.run("repair")
+	assert.Equal(t, statusFailed, status)
+	assertLine(t, stderr, "1 version could not be repaired; see above")
+	assert.Contains(t, stdout, "example.com/00017@v1.0.0: partial, no .info and .zip, written now: failed: gcs.Repair: ")
+	assert.True(t, strings.HasSuffix(stdout, "\n10,000 versions, 0 B: 10,000 partial; 9,999 removed, 1 failed\n"))
+	assert.True(t, slices.IsSorted(strings.Split(stdout, "\n")[:versions]))
+	assert.Equal(t, []string{stuck}, b.Names())
+	const perVersion = 3 // two listings, a delete
+	assert.InDelta(t, perVersion*versions, len(b.Log()), 50)
 }
 
 // TestInterrupt interrupts each command at each of its requests.
@@ -258,7 +294,7 @@ func TestStops(t *testing.T) {
 // TestProgress expects the progress on a terminal, beside complete lines of output.
 func TestProgress(t *testing.T) {
 	clearGoEnv(t)
-	scanned := `\r/ 333 versions, \d+ kB \(\d+ versions/s\) \[0s\]`
+	scanned := `\r/ 33[34] versions, \d+ kB \(\d+ versions/s\) \[0s\]`
 	for command, want := range map[string][]string{
 		"check":  {scanned},
 		"repair": {scanned},

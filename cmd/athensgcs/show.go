@@ -67,7 +67,7 @@ func (p *program) showVersions(ctx context.Context) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		s := shown{v, p.fate(v), objects}
+		s := shown{v, p.fate(p.newVersion(v)), objects}
 		lines := []string{describe(v, time.Now()) + "; " + s.Fate}
 		for _, o := range objects {
 			lines = append(lines, o.String())

@@ -21,14 +21,14 @@ func TestShowAndDelete(t *testing.T) {
 		status       int
 		left         int // objects
 	}{
-		{"show.txt", "show", all, statusFound, 21},
-		{"show.json", "show -json", all, statusFound, 21},
-		{"show-complete.txt", "show", all[:1], statusOK, 21},
-		{"show-odd.txt", "show", odd, statusFailed, 21},
-		{"delete.txt", "delete", all, statusFailed, 7},
-		{"delete.json", "delete -json", all[:7], statusOK, 7},
-		{"delete-dry-run.txt", "delete -dry-run", all, statusFailed, 21},
-		{"delete-odd.txt", "delete", odd, statusFailed, 18},
+		{"show.txt", "show", all, statusFound, 32},
+		{"show.json", "show -json", all, statusFound, 32},
+		{"show-complete.txt", "show", all[:1], statusOK, 32},
+		{"show-odd.txt", "show", odd, statusFailed, 32},
+		{"delete.txt", "delete", all, statusFailed, 18},
+		{"delete.json", "delete -json", all[:7], statusOK, 18},
+		{"delete-dry-run.txt", "delete -dry-run", all, statusFailed, 32},
+		{"delete-odd.txt", "delete", odd, statusFailed, 29},
 	} {
 		t.Run(tt.golden, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

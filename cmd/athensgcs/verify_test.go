@@ -3,14 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
+	cryptorand "crypto/rand"
+	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -73,7 +75,7 @@ func (r release) sums(t testing.TB) string {
 	require.NoError(t, os.WriteFile(file, []byte(r.zip), 0o666))
 	var res result
 	res.Module, res.Version = r.module, r.version
-	require.NoError(t, res.checkZip(file))
+	require.NoError(t, res.checkZip(t.Context(), file))
 	mod, err := hashMod([]byte(r.mod))
 	require.NoError(t, err)
 	return r.module + " " + r.version + " " + res.Zip + "\n" +
@@ -94,7 +96,7 @@ type sumServer struct {
 }
 
 func newSumServer(t testing.TB, sums map[string]string) *sumServer {
-	signer, key, err := note.GenerateKey(rand.Reader, "sum.example.com")
+	signer, key, err := note.GenerateKey(cryptorand.Reader, "sum.example.com")
 	require.NoError(t, err)
 	s := &sumServer{sums: sums, signer: signer, key: key, answer: func(*http.Request) int { return 0 }}
 	s.restart()
@@ -458,28 +460,34 @@ func TestVerifyGone(t *testing.T) {
 	}
 }
 
-// TestVerifyAtOnce expects no more than -j versions to be read at the same time, and
-// that many.
-func TestVerifyAtOnce(t *testing.T) {
+// TestAtOnce expects no more than -j versions to be read or repaired at the same time,
+// that many, and lines in the order of the versions.
+func TestAtOnce(t *testing.T) {
 	clearGoEnv(t)
-	for _, jobs := range []int{1, 3} {
+	for args, want := range map[string]int32{"verify -j 1": 1, "verify -j 3": 3, "repair": 8, "repair -j 2": 2} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBucket(t)
-			for _, version := range []string{"v1.0.0", "v1.1.0", "v1.2.0", "v1.3.0", "v1.4.0", "v1.5.0", "v1.6.0"} {
-				b.put(newRelease("example.com/a", version), nil, "info", "mod", "zip")
+			for i := range 20 {
+				r := newRelease(fmt.Sprintf("example.com/%02d", i), "v1.0.0")
+				b.put(r, nil, "zip")
+				if strings.HasPrefix(args, "verify") {
+					b.put(r, nil, "info", "mod")
+				}
 			}
-			var reading, most atomic.Int32
+			var working, most atomic.Int32
 			b.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "get" && strings.HasSuffix(r.Object, ".zip") {
-					most.Store(max(most.Load(), reading.Add(1)))
-					time.Sleep(time.Second)
-					reading.Add(-1)
+				if (r.Op == "get" || r.Op == "delete") && strings.HasSuffix(r.Object, ".zip") {
+					most.Store(max(most.Load(), working.Add(1)))
+					time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
+					working.Add(-1)
 				}
 				return fakegcs.NoFault
 			})
-			status, _, _ := b.run("verify", "-j", strconv.Itoa(jobs))
+			status, stdout, _ := b.run(append(strings.Fields(args), "-json")...)
 			assert.Equal(t, statusOK, status)
-			assert.EqualValues(t, jobs, most.Load())
+			assert.Equal(t, want, most.Load(), args)
+			lines := strings.Split(stdout, "\n")[:20]
+			assert.True(t, slices.IsSorted(lines), stdout)
 		})
 	}
 }
