@@ -28,7 +28,7 @@ type demo struct {
 // come, and then from the bucket alone.
 func (d *demo) downloadTwice(ctx context.Context, modules []string) (err error) {
 	fmt.Fprintf(d.out, "1. go mod download %s\n\n", strings.Join(modules, " "))
-	if d.downloaded, err = d.pass(ctx, &proxy{store: d.store}, modules); err != nil {
+	if d.downloaded, err = d.pass(ctx, newProxy(d.store), modules); err != nil {
 		return err
 	}
 	fmt.Fprintf(d.out, "\n2. The bucket now holds\n\n")
@@ -36,7 +36,9 @@ func (d *demo) downloadTwice(ctx context.Context, modules []string) (err error) 
 		return err
 	}
 	fmt.Fprintf(d.out, "\n3. The same download, from the bucket alone\n\n")
-	if err := d.passAgain(ctx, &proxy{store: d.store, offline: true}, d.downloaded); err != nil {
+	offline := newProxy(d.store)
+	offline.offline = true
+	if err := d.passAgain(ctx, offline, d.downloaded); err != nil {
 		return err
 	}
 	fmt.Fprintln(d.out, "\nBoth downloads have the same checksums.")
@@ -56,7 +58,7 @@ func (d *demo) heal(ctx context.Context, bucket *storage.BucketHandle) error {
 		return err
 	}
 	fmt.Fprintf(d.out, "\n5. The same download, with nothing done by hand\n\n")
-	if err := d.passAgain(ctx, &proxy{store: d.store}, broken); err != nil {
+	if err := d.passAgain(ctx, newProxy(d.store), broken); err != nil {
 		return err
 	}
 	fmt.Fprintln(d.out)

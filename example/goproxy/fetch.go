@@ -92,11 +92,7 @@ func save(ctx context.Context, store *gcs.Storage, d download) error {
 	if _, err := zip.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	err = store.Save(ctx, d.Path, d.Version, mod, zip, sum.Sum(nil), info)
-	if gcs.Is(err, gcs.KindAlreadyExists) {
-		return nil // another machine was faster
-	}
-	return err
+	return store.Save(ctx, d.Path, d.Version, mod, zip, sum.Sum(nil), info)
 }
 
 // modDownload downloads modules into the module cache of env, and returns what

@@ -18,6 +18,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"cloud.google.com/go/storage"
@@ -80,7 +81,7 @@ func TestDemoFails(t *testing.T) {
 		"example.com/hello@v1.0.0 is complete, not partial")
 	other := d.downloaded[0]
 	other.Sum = "h1:other"
-	assert.EqualError(t, d.passAgain(t.Context(), &proxy{store: store}, []download{other}),
+	assert.EqualError(t, d.passAgain(t.Context(), newProxy(store), []download{other}),
 		"example.com/hello@v1.0.0: other checksums than before")
 	fake.OnAnswer(func(_ context.Context, r *fakegcs.Request) {
 		if r.Op == "list" && r.Object == "example.com/hello/@v/" { // the second step
@@ -89,7 +90,7 @@ func TestDemoFails(t *testing.T) {
 	})
 	assert.ErrorContains(t, d.downloadTwice(t.Context(), []string{"example.com/hello@v1.0.0"}), "404 Not Found", "was upstream asked?")
 	fake.OnAnswer(nil)
-	require.NoError(t, d.passAgain(t.Context(), &proxy{store: store}, d.downloaded))
+	require.NoError(t, d.passAgain(t.Context(), newProxy(store), d.downloaded))
 	require.NoError(t, os.RemoveAll(upstream))
 	assert.ErrorContains(t, d.heal(t.Context(), bucket), "404 Not Found")
 	assert.Error(t, d.heal(t.Context(), bucket), "nothing left to delete")
@@ -162,7 +163,9 @@ func TestBadRequests(t *testing.T) {
 	_, bucket := newBucket(t)
 	store := gcs.NewStorage(bucket)
 	t.Setenv("PATH", "") // no go command
-	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(entry) {}})
+	p := newProxy(store)
+	p.ctx, p.report = t.Context(), func(entry) {}
+	server := httptest.NewServer(p)
 	defer server.Close()
 	for _, path := range []string{
 		"", "/", "/example.com/hello", "/example.com/hello/@v/", "/example.com/hello/@v/v1.0.0", "/example.com/Upper/@latest",
@@ -321,26 +324,34 @@ func main() { print(greet.Text) }
 	assert.Error(t, err, "still listening")
 }
 
+// Requests to two proxies on one bucket share a download, and so a save.
 func TestMissesShareOneDownload(t *testing.T) {
 	newUpstream(t)
-	_, bucket := newBucket(t)
-	store := gcs.NewStorage(bucket)
-	var mu sync.Mutex
-	puts := 0
-	server := httptest.NewServer(&proxy{store: store, ctx: t.Context(), report: func(e entry) {
-		mu.Lock()
-		defer mu.Unlock()
-		puts += int(e.cost.requests[put].Load())
-	}})
+	fake, bucket := newBucket(t)
+	var saves atomic.Int64
+	fake.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+		if r.Op == "insert" && strings.HasSuffix(r.Object, ".mod") {
+			saves.Add(1)
+		}
+		return fakegcs.NoFault
+	})
+	var servers []*httptest.Server
+	for range 2 {
+		p := newProxy(gcs.NewStorage(bucket))
+		p.ctx, p.report = t.Context(), func(entry) {}
+		servers = append(servers, httptest.NewServer(p))
+	}
 	var wg sync.WaitGroup
-	for _, ext := range []string{"info", "mod", "zip", "info", "mod", "zip"} {
+	for i, ext := range []string{"info", "mod", "zip", "info", "mod", "zip"} {
 		wg.Go(func() {
-			httpGet(t, server.URL+"/example.com/!upper/@v/v0.1.0."+ext, http.StatusOK)
+			httpGet(t, servers[i%2].URL+"/example.com/!upper/@v/v0.1.0."+ext, http.StatusOK)
 		})
 	}
 	wg.Wait()
-	server.Close()
-	assert.Equal(t, 3, puts)
+	for _, server := range servers {
+		server.Close()
+	}
+	assert.EqualValues(t, 1, saves.Load())
 }
 
 func TestUpstreamProxies(t *testing.T) {

@@ -128,7 +128,9 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(out, "bucket %s; use it with GOPROXY=http://%s go get MODULE\n", *name, address(l))
-	return serve(ctx, l, &proxy{store: store, upstreams: upstreams, report: func(e entry) { e.log(log) }})
+	p := newProxy(store)
+	p.upstreams, p.report = upstreams, func(e entry) { e.log(log) }
+	return serve(ctx, l, p)
 }
 
 // checkModules returns an error if an argument is not MODULE@VERSION.

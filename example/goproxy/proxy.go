@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/mod/module"
 	"golang.org/x/mod/semver"
-	"golang.org/x/sync/singleflight"
 
 	"github.com/athensgcs/gcs"
 )
@@ -36,7 +35,13 @@ type proxy struct {
 	report    func(entry)     // called after every request
 	ctx       context.Context // ends the fetches
 
-	flight singleflight.Group
+	flight gcs.Stasher // fetches
+}
+
+func newProxy(store *gcs.Storage) *proxy {
+	p := &proxy{store: store}
+	p.flight = store.SingleFlight(p)
+	return p
 }
 
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -198,17 +203,20 @@ func (p *proxy) serveSumDB(w http.ResponseWriter, r *http.Request) error {
 	return notFound("not found: no upstream proxy has " + r.URL.Path)
 }
 
-// fetch brings a version into the bucket. Requests that miss the same version
-// share one download, which is why it does not end with the request that
-// started it.
+// fetch brings a version into the bucket. Requests that miss the same version share one
+// download, on all proxies that share the bucket. So it does not end with the request
+// that started it.
 func (p *proxy) fetch(ctx context.Context, mod, version string) error {
-	_, err, _ := p.flight.Do(mod+"@"+version, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), fetchTimeout)
-		defer cancel()
-		defer context.AfterFunc(p.ctx, cancel)()
-		return nil, fetch(ctx, p.store, mod, version)
-	})
+	_, err := p.flight.Stash(context.WithoutCancel(ctx), mod, version)
 	return err
+}
+
+// Stash downloads and saves a version. The single flight calls it.
+func (p *proxy) Stash(ctx context.Context, mod, version string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	defer context.AfterFunc(p.ctx, cancel)()
+	return version, fetch(ctx, p.store, mod, version)
 }
 
 // serveList lists what the upstream has and what the bucket has, which may be
