@@ -104,33 +104,31 @@ func TestSaveOfPanickingReader(t *testing.T) {
 		"Goexit": runtime.Goexit,
 	} {
 		for name, size := range heads {
-			t.Run(how+" "+name, func(t *testing.T) {
-				inCrowd(t, func(t *testing.T, f *fakeGCS) {
-					f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Object == objectName(extInfo) })
-					zip := behindHead(size, func([]byte) (int, error) {
-						time.Sleep(100 * time.Millisecond) // the .info is on its way
-						stop()
-						return 0, io.EOF
-					})
-					start, returned := time.Now(), false
-					var recovered any
-					var group sync.WaitGroup
-					group.Go(func() {
-						defer func() { recovered = recover() }()
-						// The context does not end, and stops nothing that is left.
-						s := f.storage("a", WithChunkSize(faultChunk))
-						_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
-						returned = true
-					})
-					group.Wait()
-					require.False(t, returned)
-					require.Equal(t, how == "panic", recovered != nil)
-					require.Less(t, time.Since(start), 2*time.Second)
-					requireNothingRunning(t)
-					requireNothingInFlight(t, f)
-					require.Nil(t, f.Get(objectName(extZip)))
-					requireSavableAtOnce(t, f)
+			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
+				f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Object == objectName(extInfo) })
+				zip := behindHead(size, func([]byte) (int, error) {
+					time.Sleep(100 * time.Millisecond) // the .info is on its way
+					stop()
+					return 0, io.EOF
 				})
+				start, returned := time.Now(), false
+				var recovered any
+				var group sync.WaitGroup
+				group.Go(func() {
+					defer func() { recovered = recover() }()
+					// The context does not end, and stops nothing that is left.
+					s := f.storage("a", WithChunkSize(faultChunk))
+					_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
+					returned = true
+				})
+				group.Wait()
+				require.False(t, returned)
+				require.Equal(t, how == "panic", recovered != nil)
+				require.Less(t, time.Since(start), 2*time.Second)
+				requireNothingRunning(t)
+				requireNothingInFlight(t, f)
+				require.Nil(t, f.Get(objectName(extZip)))
+				requireSavableAtOnce(t, f)
 			})
 		}
 	}
@@ -199,10 +197,8 @@ func everyCall(s *Storage) map[string]func(ctx context.Context) error {
 // forEveryCall runs a test for each call, of a Storage on a bucket of its own.
 func forEveryCall(t *testing.T, make func(f *fakeGCS) *Storage, test func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error)) {
 	for name := range everyCall(nil) {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				test(t, f, name, everyCall(make(f))[name])
-			})
+		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
+			test(t, f, name, everyCall(make(f))[name])
 		})
 	}
 }
@@ -224,14 +220,12 @@ func TestBadPrefix(t *testing.T) {
 		"/", "/a", "a//", "a//b", "a/@v/", "@v", ".", "../a", "a/./b", "a\nb", "a\xff", ".well-known/acme-challenge",
 		strings.Repeat("a", maxObjectName+1),
 	} {
-		t.Run(fmt.Sprintf("%.30q", prefix), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				for name, call := range everyCall(NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))) {
-					err := call(t.Context())
-					require.Equal(t, KindBadRequest, Kind(err), "%s: %v", name, err)
-				}
-				require.Empty(t, f.Log())
-			})
+		run(t, fmt.Sprintf("%.30q", prefix), inCrowd, func(t *testing.T, f *fakeGCS) {
+			for name, call := range everyCall(NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))) {
+				err := call(t.Context())
+				require.Equal(t, KindBadRequest, Kind(err), "%s: %v", name, err)
+			}
+			require.Empty(t, f.Log())
 		})
 	}
 }

@@ -79,64 +79,62 @@ var saveIDCases = []struct {
 func TestExistsStates(t *testing.T) {
 	const vers = "v1.0.0"
 	for _, ids := range saveIDCases {
-		t.Run(ids.name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				var want []ModuleVersion
-				for i, marker := range markerCases(time.Now()) {
-					for subset := range 8 {
-						name := fmt.Sprintf("%s, subset %03b", marker.name, subset)
-						// The first to see an unfinished version finishes it, so
-						// each method has one of its own.
-						for _, method := range []string{"exists", "list", "catalog"} {
-							v := ModuleVersion{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
-							metadata := map[string]map[string]string{
-								extInfo: {keySaveID: ids.info},
-								extMod:  {keySaveID: ids.mod},
-								extZip:  {keySaveID: ids.zip},
+		run(t, ids.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			var want []ModuleVersion
+			for i, marker := range markerCases(time.Now()) {
+				for subset := range 8 {
+					name := fmt.Sprintf("%s, subset %03b", marker.name, subset)
+					// The first to see an unfinished version finishes it, so
+					// each method has one of its own.
+					for _, method := range []string{"exists", "list", "catalog"} {
+						v := ModuleVersion{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
+						metadata := map[string]map[string]string{
+							extInfo: {keySaveID: ids.info},
+							extMod:  {keySaveID: ids.mod},
+							extZip:  {keySaveID: ids.zip},
+						}
+						maps.DeleteFunc(marker.metadata, func(k, _ string) bool { return k == keySaveID })
+						maps.Copy(metadata[extMod], marker.metadata)
+						for bit, ext := range []string{extInfo, extMod, extZip} {
+							maps.DeleteFunc(metadata[ext], func(k, v string) bool { return k == keySaveID && v == "" })
+							if subset&(1<<bit) != 0 {
+								f.PutAt(v.object(ext), nil, metadata[ext], time.Now().Add(marker.updated))
 							}
-							maps.DeleteFunc(marker.metadata, func(k, _ string) bool { return k == keySaveID })
-							maps.Copy(metadata[extMod], marker.metadata)
-							for bit, ext := range []string{extInfo, extMod, extZip} {
-								maps.DeleteFunc(metadata[ext], func(k, v string) bool { return k == keySaveID && v == "" })
-								if subset&(1<<bit) != 0 {
-									f.PutAt(v.object(ext), nil, metadata[ext], time.Now().Add(marker.updated))
-								}
-							}
+						}
 
-							finished := subset == 7 && marker.marked && !marker.fresh && ids.one
-							exists := finished || subset == 7 && !marker.marked
-							switch method {
-							case "exists":
-								before := described(f, v.object(extMod))
-								f.ResetLog()
-								got, err := s.Exists(t.Context(), v.Module, vers)
-								require.NoError(t, err, name)
-								require.Equal(t, exists, got, name)
-								after := described(f, v.object(extMod))
-								if finished {
-									require.Equal(t, []string{"list", "patch"}, logged(f), name)
-									require.Equal(t, before.Generation, after.Generation, name)
-									require.Empty(t, after.Metadata, name)
-								} else {
-									require.Equal(t, []string{"list"}, logged(f), name)
-									require.Equal(t, before, after, name)
-								}
-							case "list":
-								got, err := s.List(t.Context(), v.Module)
-								require.NoError(t, err, name)
-								require.Equal(t, exists, slices.Contains(got, vers), name)
+						finished := subset == 7 && marker.marked && !marker.fresh && ids.one
+						exists := finished || subset == 7 && !marker.marked
+						switch method {
+						case "exists":
+							before := described(f, v.object(extMod))
+							f.ResetLog()
+							got, err := s.Exists(t.Context(), v.Module, vers)
+							require.NoError(t, err, name)
+							require.Equal(t, exists, got, name)
+							after := described(f, v.object(extMod))
+							if finished {
+								require.Equal(t, []string{"list", "patch"}, logged(f), name)
+								require.Equal(t, before.Generation, after.Generation, name)
+								require.Empty(t, after.Metadata, name)
+							} else {
+								require.Equal(t, []string{"list"}, logged(f), name)
+								require.Equal(t, before, after, name)
 							}
-							if exists {
-								want = append(want, ModuleVersion{v.Module, vers})
-							}
+						case "list":
+							got, err := s.List(t.Context(), v.Module)
+							require.NoError(t, err, name)
+							require.Equal(t, exists, slices.Contains(got, vers), name)
+						}
+						if exists {
+							want = append(want, ModuleVersion{v.Module, vers})
 						}
 					}
 				}
-				got, token, err := s.Catalog(t.Context(), "", 10_000)
-				require.NoError(t, err)
-				require.Empty(t, token)
-				require.ElementsMatch(t, want, got)
-			})
+			}
+			got, token, err := s.Catalog(t.Context(), "", 10_000)
+			require.NoError(t, err)
+			require.Empty(t, token)
+			require.ElementsMatch(t, want, got)
 		})
 	}
 }
@@ -191,18 +189,16 @@ func TestExistsRaces(t *testing.T) {
 			}
 		}, false},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				unfinishedVersion(f, testVersionName)
-				var after *fakegcs.Object
-				f.atFirst(isPatch, func() {
-					tc.change(f)
-					after = f.Get(mod)
-				})
-				requireExists(t, s, testVersion, tc.want)
-				require.Equal(t, after, f.Get(mod), "what the other one did must stay")
-				require.Equal(t, []string{"list", "patch", "list"}, logged(f))
+		run(t, tc.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			unfinishedVersion(f, testVersionName)
+			var after *fakegcs.Object
+			f.atFirst(isPatch, func() {
+				tc.change(f)
+				after = f.Get(mod)
 			})
+			requireExists(t, s, testVersion, tc.want)
+			require.Equal(t, after, f.Get(mod), "what the other one did must stay")
+			require.Equal(t, []string{"list", "patch", "list"}, logged(f))
 		})
 	}
 }
@@ -221,14 +217,12 @@ func TestExistsAfterRace(t *testing.T) {
 func TestExistsFaults(t *testing.T) {
 	for n, op := range []string{"list", "patch"} {
 		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
-			t.Run(fmt.Sprint(op, " ", fault), func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					unfinishedVersion(f, testVersionName)
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
-					requireExists(t, s, testVersion, true)
-					require.Equal(t, op, f.Log()[n].Op)
-					require.Empty(t, f.Get(objectName(extMod)).Metadata)
-				})
+			run(t, fmt.Sprint(op, " ", fault), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				unfinishedVersion(f, testVersionName)
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
+				requireExists(t, s, testVersion, true)
+				require.Equal(t, op, f.Log()[n].Op)
+				require.Empty(t, f.Get(objectName(extMod)).Metadata)
 			})
 		}
 	}

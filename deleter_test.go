@@ -17,51 +17,49 @@ import (
 func TestDeleteSubsets(t *testing.T) {
 	for subset := range 8 {
 		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(time.Now(), "a")} {
-			t.Run(fmt.Sprintf("%03b, %v", subset, mark), func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					neighbours := []ModuleVersion{
-						{testModule, "v1.0.0-rc.1"}, {testModule, "v1.0.0.1"}, {testModule, "v1.0"}, {testModule, "v1.0.0.info"},
-						{testModule + "/v2", testVersion}, {testModule + "-other", testVersion},
+			run(t, fmt.Sprintf("%03b, %v", subset, mark), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				neighbours := []ModuleVersion{
+					{testModule, "v1.0.0-rc.1"}, {testModule, "v1.0.0.1"}, {testModule, "v1.0"}, {testModule, "v1.0.0.info"},
+					{testModule + "/v2", testVersion}, {testModule + "-other", testVersion},
+				}
+				for _, v := range neighbours {
+					storeVersion(f, v.Module, v.Version)
+				}
+				kept := f.Names()
+				objects := 0
+				for bit, ext := range []string{extInfo, extMod, extZip} {
+					if subset&(1<<bit) != 0 {
+						storeFiles(f, testModule, testVersion, ext)
+						objects++
 					}
-					for _, v := range neighbours {
-						storeVersion(f, v.Module, v.Version)
-					}
-					kept := f.Names()
-					objects := 0
-					for bit, ext := range []string{extInfo, extMod, extZip} {
-						if subset&(1<<bit) != 0 {
-							storeFiles(f, testModule, testVersion, ext)
-							objects++
-						}
-					}
-					if mark != nil && subset&2 != 0 {
-						f.SetMetadata(objectName(extMod), mark)
-					}
-					f.SetLatency(100 * time.Millisecond)
-					err := s.Delete(t.Context(), testModule, testVersion)
-					if objects == 0 {
-						requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
-					} else {
-						require.NoError(t, err)
-					}
-					require.Equal(t, kept, f.Names())
+				}
+				if mark != nil && subset&2 != 0 {
+					f.SetMetadata(objectName(extMod), mark)
+				}
+				f.SetLatency(100 * time.Millisecond)
+				err := s.Delete(t.Context(), testModule, testVersion)
+				if objects == 0 {
+					requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
+				} else {
+					require.NoError(t, err)
+				}
+				require.Equal(t, kept, f.Names())
 
-					log := f.Log()
-					requests := 1 + objects
-					if objects > 0 && subset&2 == 0 {
-						requests++ // to be sure that there is no .mod
+				log := f.Log()
+				requests := 1 + objects
+				if objects > 0 && subset&2 == 0 {
+					requests++ // to be sure that there is no .mod
+				}
+				require.Len(t, log, requests)
+				require.LessOrEqual(t, fakegcs.SerialTrips(log), 3)
+				deletes := slices.DeleteFunc(log, func(r fakegcs.Request) bool { return r.Op != "delete" })
+				if subset&2 != 0 {
+					require.Equal(t, objectName(extMod), deletes[0].Object)
+					for _, r := range deletes[1:] {
+						require.False(t, r.Start.Before(deletes[0].End), "%v before the end of %v", r, deletes[0])
 					}
-					require.Len(t, log, requests)
-					require.LessOrEqual(t, fakegcs.SerialTrips(log), 3)
-					deletes := slices.DeleteFunc(log, func(r fakegcs.Request) bool { return r.Op != "delete" })
-					if subset&2 != 0 {
-						require.Equal(t, objectName(extMod), deletes[0].Object)
-						for _, r := range deletes[1:] {
-							require.False(t, r.Start.Before(deletes[0].End), "%v before the end of %v", r, deletes[0])
-						}
-					}
-					requireError(t, s.Delete(t.Context(), testModule, testVersion), KindNotFound, "gcs.Delete", testModule, testVersion)
-				})
+				}
+				requireError(t, s.Delete(t.Context(), testModule, testVersion), KindNotFound, "gcs.Delete", testModule, testVersion)
 			})
 		}
 	}
@@ -71,13 +69,11 @@ func TestDeleteSubsets(t *testing.T) {
 func TestDeleteFaults(t *testing.T) {
 	for n := range 4 {
 		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
-			t.Run(fmt.Sprintf("request %d %v", n, fault), func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					storeVersion(f, testModule, testVersion)
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
-					require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-					require.Empty(t, f.Names())
-				})
+			run(t, fmt.Sprintf("request %d %v", n, fault), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeVersion(f, testModule, testVersion)
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
+				require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+				require.Empty(t, f.Names())
 			})
 		}
 	}
@@ -89,33 +85,31 @@ func TestDeleteCrashes(t *testing.T) {
 	for n := range 4 {
 		for _, fault := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
 			for _, next := range []string{"Save", "Delete"} {
-				t.Run(fmt.Sprintf("request %d %v, then %s", n, fault, next), func(t *testing.T) {
-					withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-						require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
-						doomed := f.Machine("doomed")
-						f.fault(fault, func(r *fakegcs.Request) bool { return r.Machine == "doomed" && r.MachineN == n })
-						err := newStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
-						requireError(t, err, KindGatewayTimeout, "gcs.Delete", testModule, testVersion)
+				run(t, fmt.Sprintf("request %d %v, then %s", n, fault, next), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
+					doomed := f.Machine("doomed")
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.Machine == "doomed" && r.MachineN == n })
+					err := newStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
+					requireError(t, err, KindGatewayTimeout, "gcs.Delete", testModule, testVersion)
 
-						// The second request deletes the .mod.
-						begun := n > 1 || n == 1 && fault == fakegcs.CrashAfter
-						requireExists(t, s, testVersion, !begun)
+					// The second request deletes the .mod.
+					begun := n > 1 || n == 1 && fault == fakegcs.CrashAfter
+					requireExists(t, s, testVersion, !begun)
 
-						left := len(f.Names())
-						err = calls[next](t, s, testModule, testVersion)
-						switch {
-						case next == "Save" && !begun:
-							requireError(t, err, KindAlreadyExists, "gcs.Save", testModule, testVersion)
-						case next == "Delete" && left == 0:
-							requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
-						default:
-							require.NoError(t, err)
-						}
-						requireExists(t, s, testVersion, next == "Save")
-						if next == "Delete" {
-							require.Empty(t, f.Names())
-						}
-					})
+					left := len(f.Names())
+					err = calls[next](t, s, testModule, testVersion)
+					switch {
+					case next == "Save" && !begun:
+						requireError(t, err, KindAlreadyExists, "gcs.Save", testModule, testVersion)
+					case next == "Delete" && left == 0:
+						requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
+					default:
+						require.NoError(t, err)
+					}
+					requireExists(t, s, testVersion, next == "Save")
+					if next == "Delete" {
+						require.Empty(t, f.Names())
+					}
 				})
 			}
 		}
@@ -126,24 +120,22 @@ func TestDeleteCrashes(t *testing.T) {
 // their requests fall.
 func TestDeleteTwice(t *testing.T) {
 	for offset := range 14 {
-		t.Run(fmt.Sprint(offset), func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeVersion(f, testModule, testVersion)
-				f.SetLatency(100 * time.Millisecond)
-				var wg sync.WaitGroup
-				errs := make([]error, 2)
-				wg.Go(func() { errs[0] = s.Delete(t.Context(), testModule, testVersion) })
-				wg.Go(func() {
-					time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-					errs[1] = f.storage("second").Delete(t.Context(), testModule, testVersion)
-				})
-				wg.Wait()
-				require.Contains(t, errs, nil)
-				for _, err := range errs {
-					require.True(t, err == nil || Is(err, KindNotFound), "%v", err)
-				}
-				require.Empty(t, f.Names())
+		run(t, fmt.Sprint(offset), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			storeVersion(f, testModule, testVersion)
+			f.SetLatency(100 * time.Millisecond)
+			var wg sync.WaitGroup
+			errs := make([]error, 2)
+			wg.Go(func() { errs[0] = s.Delete(t.Context(), testModule, testVersion) })
+			wg.Go(func() {
+				time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
+				errs[1] = f.storage("second").Delete(t.Context(), testModule, testVersion)
 			})
+			wg.Wait()
+			require.Contains(t, errs, nil)
+			for _, err := range errs {
+				require.True(t, err == nil || Is(err, KindNotFound), "%v", err)
+			}
+			require.Empty(t, f.Names())
 		})
 	}
 }
@@ -153,48 +145,46 @@ func TestDeleteTwice(t *testing.T) {
 func TestDeleteDuringSave(t *testing.T) {
 	for offset := range 26 {
 		for _, leftovers := range []bool{false, true} {
-			t.Run(fmt.Sprint(offset, leftovers), func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					if leftovers {
-						storeFiles(f, testModule, testVersion, extInfo, extZip)
-					}
-					f.SetLatency(100 * time.Millisecond)
-					var wg sync.WaitGroup
-					var saveErr, deleteErr error
-					var saved, deleted time.Time
-					wg.Go(func() {
-						saveErr = saveVersion(t.Context(), s, testModule, testVersion)
-						saved = time.Now()
-					})
-					started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
-					wg.Go(func() {
-						time.Sleep(time.Until(started))
-						deleteErr = f.storage("deleter").Delete(t.Context(), testModule, testVersion)
-						deleted = time.Now()
-					})
-					wg.Wait()
-
-					require.NoError(t, saveErr, "a save whose version is deleted starts over")
-					require.True(t, deleteErr == nil || Is(deleteErr, KindNotFound), "%v", deleteErr)
-					f.SetLatency(0)
-					ok, err := s.Exists(t.Context(), testModule, testVersion)
-					require.NoError(t, err)
-					switch {
-					case deleted.Before(saved):
-						require.True(t, ok, "the save ended after the delete")
-					case started.After(saved) || started.Equal(saved):
-						require.False(t, ok, "the delete began after the save")
-					}
-					if !ok {
-						require.Nil(t, f.Get(objectName(extMod)))
-						require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
-					}
-					for op, read := range readers {
-						content, err := read(t.Context(), s, testModule, testVersion)
-						require.NoError(t, err)
-						require.Equal(t, extOf[op]+" of v1.0.0", content)
-					}
+			run(t, fmt.Sprint(offset, leftovers), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				if leftovers {
+					storeFiles(f, testModule, testVersion, extInfo, extZip)
+				}
+				f.SetLatency(100 * time.Millisecond)
+				var wg sync.WaitGroup
+				var saveErr, deleteErr error
+				var saved, deleted time.Time
+				wg.Go(func() {
+					saveErr = saveVersion(t.Context(), s, testModule, testVersion)
+					saved = time.Now()
 				})
+				started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
+				wg.Go(func() {
+					time.Sleep(time.Until(started))
+					deleteErr = f.storage("deleter").Delete(t.Context(), testModule, testVersion)
+					deleted = time.Now()
+				})
+				wg.Wait()
+
+				require.NoError(t, saveErr, "a save whose version is deleted starts over")
+				require.True(t, deleteErr == nil || Is(deleteErr, KindNotFound), "%v", deleteErr)
+				f.SetLatency(0)
+				ok, err := s.Exists(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				switch {
+				case deleted.Before(saved):
+					require.True(t, ok, "the save ended after the delete")
+				case started.After(saved) || started.Equal(saved):
+					require.False(t, ok, "the delete began after the save")
+				}
+				if !ok {
+					require.Nil(t, f.Get(objectName(extMod)))
+					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
+				}
+				for op, read := range readers {
+					content, err := read(t.Context(), s, testModule, testVersion)
+					require.NoError(t, err)
+					require.Equal(t, extOf[op]+" of v1.0.0", content)
+				}
 			})
 		}
 	}
@@ -234,18 +224,16 @@ func TestDeleteSparesSuccessor(t *testing.T) {
 func TestDeleteBesideClaim(t *testing.T) {
 	for _, files := range [][]string{nil, {extZip}, {extInfo, extMod, extZip}} {
 		for _, age := range []time.Duration{ago, 0} {
-			t.Run(fmt.Sprint(files, age), func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					f.Put(objectName(extClaim), nil, marked(time.Now().Add(age), "a"))
-					storeFiles(f, testModule, testVersion, files...)
-					err := s.Delete(t.Context(), testModule, testVersion)
-					if files == nil {
-						requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
-					} else {
-						require.NoError(t, err)
-					}
-					require.Equal(t, []string{objectName(extClaim)}, f.Names())
-				})
+			run(t, fmt.Sprint(files, age), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				f.Put(objectName(extClaim), nil, marked(time.Now().Add(age), "a"))
+				storeFiles(f, testModule, testVersion, files...)
+				err := s.Delete(t.Context(), testModule, testVersion)
+				if files == nil {
+					requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
+				} else {
+					require.NoError(t, err)
+				}
+				require.Equal(t, []string{objectName(extClaim)}, f.Names())
 			})
 		}
 	}

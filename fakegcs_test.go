@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 type fakeGCS struct {
 	*fakegcs.Server
 	tolerant bool
+	hook     func(*fakegcs.Request) fakegcs.Fault
 }
 
 // newFakeGCS returns an empty bucket. The test fails when it ends with
@@ -41,19 +43,47 @@ func newFakeGCS(t testing.TB) *fakeGCS {
 // tolerate lets the test end with violations.
 func (f *fakeGCS) tolerate() { f.tolerant = true }
 
-// onRequest is OnRequest for a hook that does not care for the context; nil ends
-// the hooks.
+// A matcher picks requests.
+type matcher = func(*fakegcs.Request) bool
+
+// on picks the requests of a machine, of a kind, for an object of the version that most
+// tests save. "" is any.
+func on(machine, op, ext string) matcher {
+	return func(r *fakegcs.Request) bool {
+		return (machine == "" || r.Machine == machine) && (op == "" || r.Op == op) && (ext == "" || r.Object == objectName(ext))
+	}
+}
+
+// nth picks the n-th request of a machine, from 0.
+func nth(machine string, n int) matcher {
+	return func(r *fakegcs.Request) bool { return r.Machine == machine && r.MachineN == n }
+}
+
+// first picks the first n of some requests.
+func first(n int32, which matcher) matcher {
+	var met atomic.Int32
+	return func(r *fakegcs.Request) bool { return which(r) && met.Add(1) <= n }
+}
+
+// onRequest is OnRequest for the only hook, which does not care for the context; nil
+// is none.
 func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
-	if hook == nil {
+	if f.hook = hook; hook == nil {
 		f.OnRequest(nil)
 		return
 	}
 	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault { return hook(r) })
 }
 
-// fault gives a fault to some requests.
-func (f *fakeGCS) fault(fault fakegcs.Fault, to func(*fakegcs.Request) bool) {
+// fault gives a fault to some requests for which no other hook has one.
+func (f *fakeGCS) fault(fault fakegcs.Fault, to matcher) {
+	before := f.hook
 	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if before != nil {
+			if fault := before(r); fault != fakegcs.NoFault {
+				return fault
+			}
+		}
 		if to(r) {
 			return fault
 		}
@@ -61,9 +91,31 @@ func (f *fakeGCS) fault(fault fakegcs.Fault, to func(*fakegcs.Request) bool) {
 	})
 }
 
+// before calls do before each of some requests is served.
+func (f *fakeGCS) before(which matcher, do func()) {
+	f.fault(fakegcs.NoFault, func(r *fakegcs.Request) bool {
+		if which(r) {
+			do()
+		}
+		return false
+	})
+}
+
+// atFirst calls do before the first of some requests is served.
+func (f *fakeGCS) atFirst(which matcher, do func()) { f.before(first(1, which), do) }
+
 // onAnswer is OnAnswer for a hook that does not care for the context.
 func (f *fakeGCS) onAnswer(hook func(*fakegcs.Request)) {
 	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) { hook(r) })
+}
+
+// after calls do when one of some requests is answered.
+func (f *fakeGCS) after(which matcher, do func()) {
+	f.onAnswer(func(r *fakegcs.Request) {
+		if which(r) {
+			do()
+		}
+	})
 }
 
 // listen serves the bucket on a loopback port, for tests with real sockets and

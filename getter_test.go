@@ -175,25 +175,23 @@ func TestZipBreaksForGood(t *testing.T) {
 		{"not permitted", func(f *fakeGCS, _ func()) { f.Deny("storage.objects.get") }, nil},
 		{"cancelled", func(_ *fakeGCS, cancel func()) { cancel() }, context.Canceled},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				want := bigZip()
-				f.Put(name, want, nil)
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				breakFirst(f, func() { tc.before(f, cancel) })
-				r, err := s.Zip(ctx, "m", "v1.0.0")
-				require.NoError(t, err)
-				got, err := io.ReadAll(r)
+		run(t, tc.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			want := bigZip()
+			f.Put(name, want, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			breakFirst(f, func() { tc.before(f, cancel) })
+			r, err := s.Zip(ctx, "m", "v1.0.0")
+			require.NoError(t, err)
+			got, err := io.ReadAll(r)
+			requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
+			if tc.is != nil {
+				require.ErrorIs(t, err, tc.is)
+			}
+			require.True(t, bytes.HasPrefix(want, got))
+			if err := r.Close(); err != nil {
 				requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
-				if tc.is != nil {
-					require.ErrorIs(t, err, tc.is)
-				}
-				require.True(t, bytes.HasPrefix(want, got))
-				if err := r.Close(); err != nil {
-					requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
-				}
-			})
+			}
 		})
 	}
 }

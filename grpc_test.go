@@ -61,29 +61,25 @@ func TestRefusedOverBoth(t *testing.T) {
 			})
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				v := ModuleVersion{"m", "v1.0.0"}
-				unfinishedVersion(f, v)
-				hooks(f, v.object(extMod))
-				ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-				require.NoError(t, err)
-				require.True(t, ok)
-			})
+		run(t, name, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+			v := ModuleVersion{"m", "v1.0.0"}
+			unfinishedVersion(f, v)
+			hooks(f, v.object(extMod))
+			ok, err := s.Exists(t.Context(), "m", "v1.0.0")
+			require.NoError(t, err)
+			require.True(t, ok)
 		})
 	}
-	t.Run("deleted by another", func(t *testing.T) {
-		overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-			storeVersion(f, "m", "v1.0.0")
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "delete" {
-					f.Remove(r.Object)
-				}
-				return fakegcs.NoFault
-			})
-			require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
-			require.Empty(t, f.Names())
+	run(t, "deleted by another", overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0")
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "delete" {
+				f.Remove(r.Object)
+			}
+			return fakegcs.NoFault
 		})
+		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+		require.Empty(t, f.Names())
 	})
 }
 
@@ -161,29 +157,27 @@ func TestReadErrors(t *testing.T) {
 		"List":    {ModuleVersion{"m", ""}, "storage.objects.list"},
 		"Catalog": {ModuleVersion{}, "storage.objects.list"},
 	} {
-		t.Run(op, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeVersion(f, "m", "v1.0.0")
-				call := eachCall(s, "m")[op]
-				fails := func(ctx context.Context, kind int) error {
-					err := call(ctx)
-					requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
-					return err
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				cancel()
-				require.ErrorIs(t, fails(ctx, KindUnexpected), context.Canceled)
-				for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
-					f.fault(fault, func(*fakegcs.Request) bool { return true })
-					require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)
-				}
-				f.onRequest(nil)
-				f.Deny(test.permission)
-				err := fails(t.Context(), KindUnexpected)
-				require.ErrorContains(t, err, test.permission)
-				require.ErrorContains(t, err, "roles/storage.objectUser")
-				requireNothingInFlight(t, f)
-			})
+		run(t, op, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+			storeVersion(f, "m", "v1.0.0")
+			call := eachCall(s, "m")[op]
+			fails := func(ctx context.Context, kind int) error {
+				err := call(ctx)
+				requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
+				return err
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			require.ErrorIs(t, fails(ctx, KindUnexpected), context.Canceled)
+			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
+				f.fault(fault, func(*fakegcs.Request) bool { return true })
+				require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)
+			}
+			f.onRequest(nil)
+			f.Deny(test.permission)
+			err := fails(t.Context(), KindUnexpected)
+			require.ErrorContains(t, err, test.permission)
+			require.ErrorContains(t, err, "roles/storage.objectUser")
+			requireNothingInFlight(t, f)
 		})
 	}
 }
@@ -192,16 +186,14 @@ func TestReadErrors(t *testing.T) {
 // are unexpected.
 func TestAnswersOverBoth(t *testing.T) {
 	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected} {
-		t.Run(fault.String(), func(t *testing.T) {
-			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeVersion(f, "m", "v1.0.0")
-				f.fault(fault, func(*fakegcs.Request) bool { return true })
-				for op, call := range eachCall(s, "m") {
-					err := call(t.Context())
-					require.Error(t, err, op)
-					require.Equal(t, kind, Kind(err), "%s: %v", op, err)
-				}
-			})
+		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+			storeVersion(f, "m", "v1.0.0")
+			f.fault(fault, func(*fakegcs.Request) bool { return true })
+			for op, call := range eachCall(s, "m") {
+				err := call(t.Context())
+				require.Error(t, err, op)
+				require.Equal(t, kind, Kind(err), "%s: %v", op, err)
+			}
 		})
 	}
 }
@@ -211,27 +203,25 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 	for _, fault := range []fakegcs.Fault{
 		fakegcs.TooMany, fakegcs.Unavailable, fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Hung, fakegcs.HungApplied,
 	} {
-		t.Run(fault.String(), func(t *testing.T) {
-			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				for n := 0; ; n++ {
-					var hit atomic.Bool
-					f.ResetLog()
-					f.fault(fault, func(r *fakegcs.Request) bool {
-						if r.N == n {
-							hit.Store(true)
-						}
-						return r.N == n
-					})
-					vers := fmt.Sprintf("v1.%d.0", n)
-					require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
-					ok, err := s.Exists(t.Context(), "m", vers)
-					require.NoError(t, err)
-					require.True(t, ok)
-					if !hit.Load() {
-						break
+		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+			for n := 0; ; n++ {
+				var hit atomic.Bool
+				f.ResetLog()
+				f.fault(fault, func(r *fakegcs.Request) bool {
+					if r.N == n {
+						hit.Store(true)
 					}
+					return r.N == n
+				})
+				vers := fmt.Sprintf("v1.%d.0", n)
+				require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
+				ok, err := s.Exists(t.Context(), "m", vers)
+				require.NoError(t, err)
+				require.True(t, ok)
+				if !hit.Load() {
+					break
 				}
-			})
+			}
 		})
 	}
 }

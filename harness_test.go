@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,15 +121,18 @@ func inFleet(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 	})
 }
 
+// run runs a test as a subtest, in withStorage or one of its like.
+func run[F any](t *testing.T, name string, in func(*testing.T, F), test F) {
+	t.Run(name, func(t *testing.T) { in(t, test) })
+}
+
 // arena runs a test on an empty bucket, as inCrowd does.
 type arena func(t *testing.T, test func(t *testing.T, f *fakeGCS))
 
 // forNamed runs a test for each case.
 func forNamed[C any](t *testing.T, in arena, cases map[string]C, test func(t *testing.T, f *fakeGCS, c C)) {
 	for name, c := range cases {
-		t.Run(name, func(t *testing.T) {
-			in(t, func(t *testing.T, f *fakeGCS) { test(t, f, c) })
-		})
+		run(t, name, in, func(t *testing.T, f *fakeGCS) { test(t, f, c) })
 	}
 }
 
@@ -148,17 +150,6 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
-// atFirst calls do before the first of some requests is served.
-func (f *fakeGCS) atFirst(which func(*fakegcs.Request) bool, do func()) {
-	var begun atomic.Bool
-	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		if which(r) && begun.CompareAndSwap(false, true) {
-			do()
-		}
-		return fakegcs.NoFault
-	})
-}
-
 func requireNothingInFlight(t *testing.T, f *fakeGCS) {
 	t.Helper()
 	requests, bodies := f.InFlight()
@@ -169,9 +160,7 @@ func requireNothingInFlight(t *testing.T, f *fakeGCS) {
 // forReaders runs a test for each of the readers.
 func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
 	for op := range readers {
-		t.Run(op, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
-		})
+		run(t, op, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
 	}
 }
 

@@ -59,22 +59,20 @@ func TestListOnlyComplete(t *testing.T) {
 // One request for every 1,000 objects.
 func TestListRequests(t *testing.T) {
 	for _, objects := range []int{0, 1, 999, 1000, 1001, 2000, 2500} {
-		t.Run(fmt.Sprint(objects), func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				exts := []string{extInfo, extMod, extZip}
-				var want []string
-				for i := range objects {
-					v := ModuleVersion{"m", fmt.Sprintf("v1.%06d.0", i/3)}
-					f.Put(v.object(exts[i%3]), nil, nil)
-					if i%3 == 2 {
-						want = append(want, v.Version)
-					}
+		run(t, fmt.Sprint(objects), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			exts := []string{extInfo, extMod, extZip}
+			var want []string
+			for i := range objects {
+				v := ModuleVersion{"m", fmt.Sprintf("v1.%06d.0", i/3)}
+				f.Put(v.object(exts[i%3]), nil, nil)
+				if i%3 == 2 {
+					want = append(want, v.Version)
 				}
-				storeVersion(f, "m-other", "v1.0.0")
-				storeVersion(f, "a", "v1.0.0")
-				requireList(t, s, "m", want...)
-				require.Equal(t, slices.Repeat([]string{"list"}, max((objects+998)/999, 1)), logged(f))
-			})
+			}
+			storeVersion(f, "m-other", "v1.0.0")
+			storeVersion(f, "a", "v1.0.0")
+			requireList(t, s, "m", want...)
+			require.Equal(t, slices.Repeat([]string{"list"}, max((objects+998)/999, 1)), logged(f))
 		})
 	}
 }
@@ -101,23 +99,21 @@ func TestListAcrossPages(t *testing.T) {
 		"List":    func(t *testing.T, s *Storage) { requireList(t, s, testModule) },
 		"Catalog": func(t *testing.T, s *Storage) { require.Empty(t, catalogOf(t, s, 1000)) },
 	} {
-		t.Run(name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				for i := range 998 {
-					storeFiles(f, testModule, fmt.Sprintf("a%03d", i), extInfo)
-				}
-				// The first page ends with the .mod. The version is partial
-				// until another save takes it over, and never complete.
-				storeFiles(f, testModule, testVersion, extInfo, extMod)
-				storeFiles(f, testModule, "z", extInfo)
-				f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() {
-					time.Sleep(time.Millisecond) // GCS tells times to the millisecond
-					f.Put(objectName(extMod), nil, marked(time.Now(), "b"))
-					f.Put(objectName(extZip), nil, map[string]string{keySaveID: "b"})
-				})
-				requireNone(t, s)
-				require.NotNil(t, f.Get(objectName(extZip)))
+		run(t, name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			for i := range 998 {
+				storeFiles(f, testModule, fmt.Sprintf("a%03d", i), extInfo)
+			}
+			// The first page ends with the .mod. The version is partial
+			// until another save takes it over, and never complete.
+			storeFiles(f, testModule, testVersion, extInfo, extMod)
+			storeFiles(f, testModule, "z", extInfo)
+			f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() {
+				time.Sleep(time.Millisecond) // GCS tells times to the millisecond
+				f.Put(objectName(extMod), nil, marked(time.Now(), "b"))
+				f.Put(objectName(extZip), nil, map[string]string{keySaveID: "b"})
 			})
+			requireNone(t, s)
+			require.NotNil(t, f.Get(objectName(extZip)))
 		})
 	}
 }
@@ -142,24 +138,22 @@ func pageBy(size string) func(*http.Request) *http.Response {
 // A server that pages as it likes and ignores offsets makes nothing wrong.
 func TestOtherServers(t *testing.T) {
 	for _, size := range []string{"", "1", "2", "7"} {
-		t.Run("pages of "+size, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-				s := behind(f, pageBy(size))
-				storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.0.0")
-				storeFiles(f, testModule, "v1.k", extInfo, extMod)
-				storeVersion(f, "a", "v1")
-				requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z", "v1")
-				for pageSize := range 7 {
-					require.Equal(t, []ModuleVersion{
-						{"a", "v1"}, {testModule, "v1.0.0"}, {testModule, "v1.j"}, {testModule, "v1.z"}, {testModule, "v1"},
-					}, catalogOf(t, s, pageSize))
-				}
-				for vers, want := range map[string]bool{"v1": true, "v1.j": true, "v1.k": false, "v1.0": false} {
-					requireExists(t, s, vers, want)
-				}
-				require.NoError(t, s.Delete(t.Context(), testModule, "v1"))
-				requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z")
-			})
+		run(t, "pages of "+size, withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+			s := behind(f, pageBy(size))
+			storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.0.0")
+			storeFiles(f, testModule, "v1.k", extInfo, extMod)
+			storeVersion(f, "a", "v1")
+			requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z", "v1")
+			for pageSize := range 7 {
+				require.Equal(t, []ModuleVersion{
+					{"a", "v1"}, {testModule, "v1.0.0"}, {testModule, "v1.j"}, {testModule, "v1.z"}, {testModule, "v1"},
+				}, catalogOf(t, s, pageSize))
+			}
+			for vers, want := range map[string]bool{"v1": true, "v1.j": true, "v1.k": false, "v1.0": false} {
+				requireExists(t, s, vers, want)
+			}
+			require.NoError(t, s.Delete(t.Context(), testModule, "v1"))
+			requireList(t, s, testModule, "v1.0.0", "v1.j", "v1.z")
 		})
 	}
 }
@@ -167,16 +161,14 @@ func TestOtherServers(t *testing.T) {
 // What goes wrong on one page adds no version twice.
 func TestListFaults(t *testing.T) {
 	for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
-		t.Run(fault.String(), func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				var want []string
-				for i := range 700 {
-					want = append(want, fmt.Sprintf("v1.%03d.0", i))
-				}
-				storeVersion(f, "m", want...)
-				f.fault(fault, func(r *fakegcs.Request) bool { return r.N%2 == 0 })
-				requireList(t, s, "m", want...)
-			})
+		run(t, fault.String(), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			var want []string
+			for i := range 700 {
+				want = append(want, fmt.Sprintf("v1.%03d.0", i))
+			}
+			storeVersion(f, "m", want...)
+			f.fault(fault, func(r *fakegcs.Request) bool { return r.N%2 == 0 })
+			requireList(t, s, "m", want...)
 		})
 	}
 }

@@ -58,27 +58,25 @@ func TestInsistent(t *testing.T) {
 		"no object":    {fails(404, "No such object: modules/m"), false},
 		"precondition": {fails(412, "conditionNotMet"), false},
 	} {
-		t.Run(name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-				storeVersion(f, testModule, testVersion)
-				start := time.Now()
-				b := f.on(func(*http.Request) (*http.Response, error) {
-					if time.Since(start) >= 3*time.Second {
-						return nil, nil
-					}
-					return test.fails()
-				}).bucket.insistent()
-				attrs, err := b.attrs(within(t, 15*time.Second), v, extMod)
-				require.Equal(t, test.again, attrs != nil, "%v", err)
-				require.Equal(t, test.again, time.Since(start) >= 3*time.Second)
-
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				start = time.Now()
-				if _, err = b.attrs(ctx, v, extMod); test.again {
-					require.ErrorIs(t, err, context.DeadlineExceeded)
+		run(t, name, withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+			storeVersion(f, testModule, testVersion)
+			start := time.Now()
+			b := f.on(func(*http.Request) (*http.Response, error) {
+				if time.Since(start) >= 3*time.Second {
+					return nil, nil
 				}
-			})
+				return test.fails()
+			}).bucket.insistent()
+			attrs, err := b.attrs(within(t, 15*time.Second), v, extMod)
+			require.Equal(t, test.again, attrs != nil, "%v", err)
+			require.Equal(t, test.again, time.Since(start) >= 3*time.Second)
+
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			start = time.Now()
+			if _, err = b.attrs(ctx, v, extMod); test.again {
+				require.ErrorIs(t, err, context.DeadlineExceeded)
+			}
 		})
 	}
 }

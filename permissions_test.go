@@ -90,16 +90,14 @@ func TestCheckNoBucket(t *testing.T) {
 // An emulator that does not know the question is not asked again and again.
 func TestCheckWithoutPermissionCall(t *testing.T) {
 	for _, status := range []int{http.StatusNotFound, http.StatusNotImplemented, http.StatusBadRequest, http.StatusMethodNotAllowed} {
-		t.Run(http.StatusText(status), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				f.AnswerPermissions(status)
-				start := time.Now()
-				s := f.storage("a")
-				require.NoError(t, s.Check(t.Context()))
-				require.Len(t, f.Log(), 2)
-				require.Less(t, time.Since(start), time.Second)
-				useStorage(t, s, 100)
-			})
+		run(t, http.StatusText(status), inCrowd, func(t *testing.T, f *fakeGCS) {
+			f.AnswerPermissions(status)
+			start := time.Now()
+			s := f.storage("a")
+			require.NoError(t, s.Check(t.Context()))
+			require.Len(t, f.Log(), 2)
+			require.Less(t, time.Since(start), time.Second)
+			useStorage(t, s, 100)
 		})
 	}
 }
@@ -132,13 +130,11 @@ func TestCheckFaults(t *testing.T) {
 func TestCheckUnreachable(t *testing.T) {
 	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
 	for _, fault := range faults {
-		t.Run(fault.String(), func(t *testing.T) {
-			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fault })
-				start := time.Now()
-				require.Error(t, s.Check(t.Context()))
-				require.Less(t, time.Since(start), retryLimit+time.Minute)
-			})
+		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
+			f.onRequest(func(*fakegcs.Request) fakegcs.Fault { return fault })
+			start := time.Now()
+			require.Error(t, s.Check(t.Context()))
+			require.Less(t, time.Since(start), retryLimit+time.Minute)
 		})
 	}
 }

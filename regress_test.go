@@ -730,18 +730,16 @@ func TestStreamLimited(t *testing.T) {
 	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
 		for _, op := range []string{"start", "chunk"} {
 			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
-				t.Run(fmt.Sprint(fault, op, seek), func(t *testing.T) {
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
-						zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
-						if !seek {
-							zip = plain(zip)
-						}
-						start := time.Now()
-						err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
-						requireKind(t, err, kind)
-						require.Less(t, time.Since(start), 2*retryLimit)
-					})
+				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
+					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
+					if !seek {
+						zip = plain(zip)
+					}
+					start := time.Now()
+					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
+					requireKind(t, err, kind)
+					require.Less(t, time.Since(start), 2*retryLimit)
 				})
 			}
 		}
@@ -791,21 +789,19 @@ func TestGiveUp(t *testing.T) {
 		},
 		"fenced": func(f *fakeGCS) { f.Remove(objectName(extMod)) },
 	} {
-		t.Run(name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				time.AfterFunc(500*time.Millisecond, func() { hook(f) })
-				var log syncedLog
-				start := time.Now()
-				err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a", log.option()), io.MultiReader(sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF)))
-				require.ErrorIs(t, err, io.ErrUnexpectedEOF)
-				require.Less(t, time.Since(start), releaseTimeout+2*time.Second)
-				if name == "costs" {
-					require.Len(t, f.Log(), 4, "create, list, .info, give up")
-				}
-				if name != "hangs" {
-					require.Empty(t, log.String())
-				}
-			})
+		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
+			time.AfterFunc(500*time.Millisecond, func() { hook(f) })
+			var log syncedLog
+			start := time.Now()
+			err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a", log.option()), io.MultiReader(sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF)))
+			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+			require.Less(t, time.Since(start), releaseTimeout+2*time.Second)
+			if name == "costs" {
+				require.Len(t, f.Log(), 4, "create, list, .info, give up")
+			}
+			if name != "hangs" {
+				require.Empty(t, log.String())
+			}
 		})
 	}
 }
@@ -881,18 +877,16 @@ func TestSlowLine(t *testing.T) {
 		{256 << 10, 24 << 10, true},
 		{256 << 10, 23 << 10, false},
 	} {
-		t.Run(fmt.Sprint(test.chunk, " ", test.rate), func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				m := f.Register("a")
-				m.Connect(thinLine{m, test.rate})
-				a := contentOf("a", test.chunk+100)
-				err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
-				if test.enough {
-					require.NoError(t, err)
-				} else {
-					require.ErrorIs(t, err, errBrokenOff)
-				}
-			})
+		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
+			m := f.Register("a")
+			m.Connect(thinLine{m, test.rate})
+			a := contentOf("a", test.chunk+100)
+			err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
+			if test.enough {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, errBrokenOff)
+			}
 		})
 	}
 }

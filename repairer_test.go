@@ -16,35 +16,33 @@ var testVersionName = ModuleVersion{testModule, testVersion}
 
 func TestRepairStates(t *testing.T) {
 	for i := range stateCases() {
-		t.Run(stateCases()[i].name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				c := stateCases()[i]
-				c.put(f, testVersionName)
-				want := f.Objects()
-				if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
-					delete(want, objectName(extClaim))
+		run(t, stateCases()[i].name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			c := stateCases()[i]
+			c.put(f, testVersionName)
+			want := f.Objects()
+			if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
+				delete(want, objectName(extClaim))
+			}
+			state, err := s.Repair(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.Equal(t, c.repaired, state)
+			require.Len(t, f.Log(), c.requests)
+			switch {
+			case c.repaired == Absent:
+				for _, ext := range []string{extInfo, extMod, extZip} {
+					delete(want, objectName(ext))
 				}
-				state, err := s.Repair(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, c.repaired, state)
-				require.Len(t, f.Log(), c.requests)
-				switch {
-				case c.repaired == Absent:
-					for _, ext := range []string{extInfo, extMod, extZip} {
-						delete(want, objectName(ext))
-					}
-				case c.state == Unfinished:
-					mod := f.Get(objectName(extMod))
-					require.Empty(t, mod.Metadata)
-					require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
-					want[objectName(extMod)] = mod
-				}
-				require.Equal(t, want, f.Objects())
-				again, err := s.Repair(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, state, again)
-				require.Equal(t, want, f.Objects())
-			})
+			case c.state == Unfinished:
+				mod := f.Get(objectName(extMod))
+				require.Empty(t, mod.Metadata)
+				require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
+				want[objectName(extMod)] = mod
+			}
+			require.Equal(t, want, f.Objects())
+			again, err := s.Repair(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.Equal(t, state, again)
+			require.Equal(t, want, f.Objects())
 		})
 	}
 }
@@ -52,15 +50,13 @@ func TestRepairStates(t *testing.T) {
 // A listing can miss an object that was stored while it was made.
 func TestRepairNeedsTwoListings(t *testing.T) {
 	for _, ext := range []string{extInfo, extMod, extZip} {
-		t.Run(ext, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				storeVersion(f, testModule, testVersion)
-				before := f.Objects()
-				state, err := missing(t, f, ext).Repair(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-				require.Equal(t, Complete, state)
-				require.Equal(t, before, f.Objects())
-			})
+		run(t, ext, inCrowd, func(t *testing.T, f *fakeGCS) {
+			storeVersion(f, testModule, testVersion)
+			before := f.Objects()
+			state, err := missing(t, f, ext).Repair(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+			require.Equal(t, Complete, state)
+			require.Equal(t, before, f.Objects())
 		})
 	}
 }
@@ -76,30 +72,28 @@ func TestRepairBesideSave(t *testing.T) {
 		for n := range c.requests {
 			// Repair goes on after the save, or in the middle of it.
 			for _, takes := range []time.Duration{0, 10 * time.Second} {
-				t.Run(fmt.Sprintf("%s, request %d, takes %v", c.name, n, takes), func(t *testing.T) {
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						stateCases()[i].put(f, testVersionName)
-						before := f.Objects()
-						a := contentOf("a", 100)
-						var group sync.WaitGroup
-						var saveErr error
-						f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.MachineN == n }, func() {
-							group.Go(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
-							time.Sleep(time.Second)
-						})
-						_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
-						require.NoError(t, err)
-						group.Wait()
-						if c.repaired != Complete {
-							require.NoError(t, saveErr)
-							requireStored(t, f, a)
-							return
-						}
-						requireKind(t, saveErr, KindAlreadyExists)
-						for _, ext := range []string{extInfo, extMod, extZip} {
-							require.Equal(t, before[objectName(ext)].Generation, f.Get(objectName(ext)).Generation)
-						}
+				run(t, fmt.Sprintf("%s, request %d, takes %v", c.name, n, takes), inCrowd, func(t *testing.T, f *fakeGCS) {
+					stateCases()[i].put(f, testVersionName)
+					before := f.Objects()
+					a := contentOf("a", 100)
+					var group sync.WaitGroup
+					var saveErr error
+					f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.MachineN == n }, func() {
+						group.Go(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
+						time.Sleep(time.Second)
 					})
+					_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+					require.NoError(t, err)
+					group.Wait()
+					if c.repaired != Complete {
+						require.NoError(t, saveErr)
+						requireStored(t, f, a)
+						return
+					}
+					requireKind(t, saveErr, KindAlreadyExists)
+					for _, ext := range []string{extInfo, extMod, extZip} {
+						require.Equal(t, before[objectName(ext)].Generation, f.Get(objectName(ext)).Generation)
+					}
 				})
 			}
 		}
@@ -115,24 +109,22 @@ func TestRepairDuringSave(t *testing.T) {
 		}
 		for n := range 7 {
 			for _, answered := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s, request %d, answered %v", c.name, n, answered), func(t *testing.T) {
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						stateCases()[i].put(f, testVersionName)
-						a := contentOf("a", 100)
-						repair := func(r *fakegcs.Request, here bool) {
-							if r.Machine == "a" && r.MachineN == n && here {
-								_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
-								require.NoError(t, err)
-							}
+				run(t, fmt.Sprintf("%s, request %d, answered %v", c.name, n, answered), inCrowd, func(t *testing.T, f *fakeGCS) {
+					stateCases()[i].put(f, testVersionName)
+					a := contentOf("a", 100)
+					repair := func(r *fakegcs.Request, here bool) {
+						if r.Machine == "a" && r.MachineN == n && here {
+							_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+							require.NoError(t, err)
 						}
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							repair(r, !answered)
-							return fakegcs.NoFault
-						})
-						f.onAnswer(func(r *fakegcs.Request) { repair(r, answered) })
-						require.NoError(t, a.save(t.Context(), f.storage("a")))
-						requireStored(t, f, a)
+					}
+					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+						repair(r, !answered)
+						return fakegcs.NoFault
 					})
+					f.onAnswer(func(r *fakegcs.Request) { repair(r, answered) })
+					require.NoError(t, a.save(t.Context(), f.storage("a")))
+					requireStored(t, f, a)
 				})
 			}
 		}
@@ -171,21 +163,19 @@ func TestRepairForbidden(t *testing.T) {
 		"storage.objects.get":    {".info"},
 	} {
 		for _, name := range names {
-			t.Run(denied+" "+name, func(t *testing.T) {
-				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-					cases := stateCases()
-					c := cases[slices.IndexFunc(cases, func(c stateCase) bool { return c.name == name })]
-					c.put(f, testVersionName)
-					before := f.Objects()
-					f.Deny(denied)
-					state, err := s.Repair(t.Context(), testModule, testVersion)
-					requireKind(t, err, KindUnexpected)
-					require.ErrorContains(t, err, "the caller needs "+denied)
-					require.Equal(t, before, f.Objects())
-					if denied != "storage.objects.list" {
-						require.Equal(t, c.state, state)
-					}
-				})
+			run(t, denied+" "+name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				cases := stateCases()
+				c := cases[slices.IndexFunc(cases, func(c stateCase) bool { return c.name == name })]
+				c.put(f, testVersionName)
+				before := f.Objects()
+				f.Deny(denied)
+				state, err := s.Repair(t.Context(), testModule, testVersion)
+				requireKind(t, err, KindUnexpected)
+				require.ErrorContains(t, err, "the caller needs "+denied)
+				require.Equal(t, before, f.Objects())
+				if denied != "storage.objects.list" {
+					require.Equal(t, c.state, state)
+				}
 			})
 		}
 	}

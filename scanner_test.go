@@ -261,34 +261,32 @@ func TestScanErrors(t *testing.T) {
 		"a later page":  {2, testModule, KindUnexpected, 499},
 		"module":        {9, "a//b", KindBadRequest, 0},
 	} {
-		t.Run(name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				for i := range 500 {
-					storeFiles(f, testModule, fmt.Sprintf("v1.%03d.0", i), extInfo, extMod)
+		run(t, name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			for i := range 500 {
+				storeFiles(f, testModule, fmt.Sprintf("v1.%03d.0", i), extInfo, extMod)
+			}
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.N == c.fails {
+					f.Deny("storage.objects.list")
 				}
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.N == c.fails {
-						f.Deny("storage.objects.list")
-					}
-					return fakegcs.NoFault
-				})
-				var told, failed int
-				for status, err := range s.Scan(t.Context(), c.module) {
-					if err == nil {
-						told++
-						continue
-					}
-					failed++
-					require.Zero(t, status)
-					requireError(t, err, c.kind, "gcs.Scan", c.module, "")
-					require.Equal(t, c.kind == KindUnexpected, strings.Contains(err.Error(), "needs storage.objects.list"))
-				}
-				require.Equal(t, c.before, told)
-				require.Equal(t, 1, failed)
-				if c.kind == KindBadRequest {
-					require.Empty(t, f.Log())
-				}
+				return fakegcs.NoFault
 			})
+			var told, failed int
+			for status, err := range s.Scan(t.Context(), c.module) {
+				if err == nil {
+					told++
+					continue
+				}
+				failed++
+				require.Zero(t, status)
+				requireError(t, err, c.kind, "gcs.Scan", c.module, "")
+				require.Equal(t, c.kind == KindUnexpected, strings.Contains(err.Error(), "needs storage.objects.list"))
+			}
+			require.Equal(t, c.before, told)
+			require.Equal(t, 1, failed)
+			if c.kind == KindBadRequest {
+				require.Empty(t, f.Log())
+			}
 		})
 	}
 }

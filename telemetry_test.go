@@ -172,42 +172,40 @@ func TestSpans(t *testing.T) {
 		{"repair", stored, the("Repair"), "gcs.Repair", testVersionName, "ok", nil},
 		{"check", nil, the("Check"), "gcs.Check", ModuleVersion{}, "ok", nil},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				w := watch(t)
-				s := f.storage("a")
-				if test.prepare != nil {
-					test.prepare(f)
-				}
-				ctx, parent := otel.Tracer("test").Start(t.Context(), "request")
-				start := time.Now()
-				err := test.call(ctx, s)
-				took := time.Since(start)
-				parent.End()
+		run(t, test.name, inCrowd, func(t *testing.T, f *fakeGCS) {
+			w := watch(t)
+			s := f.storage("a")
+			if test.prepare != nil {
+				test.prepare(f)
+			}
+			ctx, parent := otel.Tracer("test").Start(t.Context(), "request")
+			start := time.Now()
+			err := test.call(ctx, s)
+			took := time.Since(start)
+			parent.End()
 
-				spans := w.spans()
-				require.Len(t, spans, 1)
-				span := spans[0]
-				require.Equal(t, test.span, span.Name)
-				require.Equal(t, trace.SpanKindClient, span.SpanKind)
-				require.Equal(t, parent.SpanContext().SpanID(), span.Parent.SpanID())
-				require.Equal(t, took, span.EndTime.Sub(span.StartTime))
-				require.ElementsMatch(t, []attribute.KeyValue{
-					attribute.String("module", test.on.Module),
-					attribute.String("version", test.on.Version),
-					attribute.String("outcome", test.outcome),
-				}, span.Attributes)
-				if test.err == nil {
-					require.Equal(t, codes.Unset, span.Status.Code)
-					require.Empty(t, span.Events)
-					return
-				}
-				require.ErrorContains(t, err, test.err.Error())
-				require.Equal(t, sdktrace.Status{Code: codes.Error, Description: err.Error()}, span.Status)
-				require.Len(t, span.Events, 1)
-				require.Equal(t, "exception", span.Events[0].Name)
-				require.Contains(t, span.Events[0].Attributes, attribute.String("exception.message", err.Error()))
-			})
+			spans := w.spans()
+			require.Len(t, spans, 1)
+			span := spans[0]
+			require.Equal(t, test.span, span.Name)
+			require.Equal(t, trace.SpanKindClient, span.SpanKind)
+			require.Equal(t, parent.SpanContext().SpanID(), span.Parent.SpanID())
+			require.Equal(t, took, span.EndTime.Sub(span.StartTime))
+			require.ElementsMatch(t, []attribute.KeyValue{
+				attribute.String("module", test.on.Module),
+				attribute.String("version", test.on.Version),
+				attribute.String("outcome", test.outcome),
+			}, span.Attributes)
+			if test.err == nil {
+				require.Equal(t, codes.Unset, span.Status.Code)
+				require.Empty(t, span.Events)
+				return
+			}
+			require.ErrorContains(t, err, test.err.Error())
+			require.Equal(t, sdktrace.Status{Code: codes.Error, Description: err.Error()}, span.Status)
+			require.Len(t, span.Events, 1)
+			require.Equal(t, "exception", span.Events[0].Name)
+			require.Contains(t, span.Events[0].Attributes, attribute.String("exception.message", err.Error()))
 		})
 	}
 }
@@ -338,35 +336,33 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 			{"stale", false, true, func(now time.Time) map[string]string { return marked(now.Add(-time.Hour), "dead") }},
 			{"given up", false, false, func(time.Time) map[string]string { return marked(givenUp, "dead") }},
 		} {
-			t.Run(test.name+" "+left.name, func(t *testing.T) {
-				inCrowd(t, func(t *testing.T, f *fakeGCS) {
-					w := watch(t)
-					start := time.Now()
-					f.Put(objectName(test.ext), nil, left.marker(start))
-					time.Sleep(time.Second)
-					log := &syncedLog{}
-					require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
-					waiting := slices.DeleteFunc(log.lines(slog.LevelInfo), func(line string) bool { return !strings.Contains(line, "waiting") })
-					if left.waits {
-						require.Len(t, waiting, 1)
-						stamp := func(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05") }
-						require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`" module=`+testModule+" version="+testVersion)
-						require.Contains(t, waiting[0], " since="+stamp(start.Add(time.Second)))
-						require.Contains(t, waiting[0], " renewed="+stamp(start))
-						require.Contains(t, waiting[0], " until="+stamp(start.Add(test.threshold)))
-					} else {
-						require.Empty(t, waiting)
-					}
-					if !left.warns {
-						require.Empty(t, log.lines(slog.LevelWarn))
-						require.Zero(t, w.takeovers())
-						return
-					}
-					warnings := log.lines(slog.LevelWarn)
-					require.Len(t, warnings, 1)
-					require.Contains(t, warnings[0], `msg="took over from a `+test.what+` that stopped renewing its marker" module=`+testModule+" version="+testVersion+" age=")
-					require.EqualValues(t, 1, w.takeovers())
-				})
+			run(t, test.name+" "+left.name, inCrowd, func(t *testing.T, f *fakeGCS) {
+				w := watch(t)
+				start := time.Now()
+				f.Put(objectName(test.ext), nil, left.marker(start))
+				time.Sleep(time.Second)
+				log := &syncedLog{}
+				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
+				waiting := slices.DeleteFunc(log.lines(slog.LevelInfo), func(line string) bool { return !strings.Contains(line, "waiting") })
+				if left.waits {
+					require.Len(t, waiting, 1)
+					stamp := func(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05") }
+					require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`" module=`+testModule+" version="+testVersion)
+					require.Contains(t, waiting[0], " since="+stamp(start.Add(time.Second)))
+					require.Contains(t, waiting[0], " renewed="+stamp(start))
+					require.Contains(t, waiting[0], " until="+stamp(start.Add(test.threshold)))
+				} else {
+					require.Empty(t, waiting)
+				}
+				if !left.warns {
+					require.Empty(t, log.lines(slog.LevelWarn))
+					require.Zero(t, w.takeovers())
+					return
+				}
+				warnings := log.lines(slog.LevelWarn)
+				require.Len(t, warnings, 1)
+				require.Contains(t, warnings[0], `msg="took over from a `+test.what+` that stopped renewing its marker" module=`+testModule+" version="+testVersion+" age=")
+				require.EqualValues(t, 1, w.takeovers())
 			})
 		}
 	}
@@ -386,23 +382,21 @@ func TestRenewalsFailed(t *testing.T) {
 		{"one hung twice", fakegcs.Hung, 2, 1},
 		{"one, for a moment", fakegcs.Unavailable, 1, 0},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			inCrowd(t, func(t *testing.T, f *fakeGCS) {
-				w := watch(t)
-				start, patches := time.Now(), 0
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == "patch" && time.Since(start) < 100*time.Second {
-						if patches++; patches <= test.first {
-							return test.fault
-						}
+		run(t, test.name, inCrowd, func(t *testing.T, f *fakeGCS) {
+			w := watch(t)
+			start, patches := time.Now(), 0
+			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "patch" && time.Since(start) < 100*time.Second {
+					if patches++; patches <= test.first {
+						return test.fault
 					}
-					return fakegcs.NoFault
-				})
-				a := contentOf("a", 100)
-				require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
-				requireStored(t, f, a)
-				require.Equal(t, test.want, w.renewalsFailed())
+				}
+				return fakegcs.NoFault
 			})
+			a := contentOf("a", 100)
+			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
+			requireStored(t, f, a)
+			require.Equal(t, test.want, w.renewalsFailed())
 		})
 	}
 }
@@ -462,15 +456,13 @@ func TestHealedIsLogged(t *testing.T) {
 		{"unfinished", leaveUnfinished, "Repair", 0, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
 		{"abandoned", abandoned, "Repair", 0, `level=INFO msg="removed what was left of a version" module=example.com/mod version=v1.0.0 found=abandoned`},
 	} {
-		t.Run(test.name+", by "+test.op, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				test.prepare(f)
-				log := &syncedLog{}
-				require.Equal(t, test.kind, Kind(everyCall(f.storage("a", log.option()))[test.op](t.Context())))
-				require.Contains(t, log.String(), test.message)
-				require.Len(t, log.lines(slog.LevelInfo), 1)
-				require.Empty(t, log.lines(slog.LevelWarn))
-			})
+		run(t, test.name+", by "+test.op, inBubble, func(t *testing.T, f *fakeGCS) {
+			test.prepare(f)
+			log := &syncedLog{}
+			require.Equal(t, test.kind, Kind(everyCall(f.storage("a", log.option()))[test.op](t.Context())))
+			require.Contains(t, log.String(), test.message)
+			require.Len(t, log.lines(slog.LevelInfo), 1)
+			require.Empty(t, log.lines(slog.LevelWarn))
 		})
 	}
 }

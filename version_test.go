@@ -97,18 +97,16 @@ func TestBadNames(t *testing.T) {
 		rows = append(rows, row{"module: " + bad.name, bad.module, "v1.0.0"})
 	}
 	for _, row := range rows {
-		t.Run(row.name, func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				for op, call := range calls {
-					requireError(t, call(t, s, row.module, row.version), KindBadRequest, "gcs."+op, row.module, row.version)
-				}
-				if strings.HasPrefix(row.name, "module: ") {
-					versions, err := s.List(t.Context(), row.module)
-					requireError(t, err, KindBadRequest, "gcs.List", row.module, "")
-					require.Nil(t, versions)
-				}
-				require.Empty(t, f.Log())
-			})
+		run(t, row.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			for op, call := range calls {
+				requireError(t, call(t, s, row.module, row.version), KindBadRequest, "gcs."+op, row.module, row.version)
+			}
+			if strings.HasPrefix(row.name, "module: ") {
+				versions, err := s.List(t.Context(), row.module)
+				requireError(t, err, KindBadRequest, "gcs.List", row.module, "")
+				require.Nil(t, versions)
+			}
+			require.Empty(t, f.Log())
 		})
 	}
 }
@@ -165,21 +163,19 @@ func TestGoodNames(t *testing.T) {
 		rows = append(rows, row{"example.com/m", vers})
 	}
 	for _, row := range rows {
-		t.Run(fmt.Sprintf("%.40s@%s", row.module, row.version), func(t *testing.T) {
-			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-				require.NoError(t, saveVersion(t.Context(), s, row.module, row.version))
-				prefix := row.module + "/@v/" + row.version
-				require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.Names())
+		run(t, fmt.Sprintf("%.40s@%s", row.module, row.version), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			require.NoError(t, saveVersion(t.Context(), s, row.module, row.version))
+			prefix := row.module + "/@v/" + row.version
+			require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.Names())
 
-				requireList(t, s, row.module, row.version)
-				catalog, _, err := s.Catalog(t.Context(), "", 1)
-				require.NoError(t, err)
-				require.Equal(t, []ModuleVersion{{row.module, row.version}}, catalog)
-				for _, op := range []string{"Exists", "Info", "GoMod", "Zip", "Delete"} {
-					require.NoError(t, calls[op](t, s, row.module, row.version), op)
-				}
-				require.Empty(t, f.Names())
-			})
+			requireList(t, s, row.module, row.version)
+			catalog, _, err := s.Catalog(t.Context(), "", 1)
+			require.NoError(t, err)
+			require.Equal(t, []ModuleVersion{{row.module, row.version}}, catalog)
+			for _, op := range []string{"Exists", "Info", "GoMod", "Zip", "Delete"} {
+				require.NoError(t, calls[op](t, s, row.module, row.version), op)
+			}
+			require.Empty(t, f.Names())
 		})
 	}
 }
