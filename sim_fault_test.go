@@ -150,16 +150,20 @@ func TestOneFault(t *testing.T) {
 			t.Parallel()
 			want, usually, names := sc.play(t, "", fakegcs.NoFault)
 			for _, at := range names {
-				for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray} {
+				faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}
+				if strings.HasPrefix(at, "chunk") {
+					faults = append(faults, fakegcs.HalfChunk, fakegcs.SessionGone, fakegcs.SessionNotFound)
+				}
+				for _, fault := range faults {
 					end, took, _ := sc.play(t, at, fault)
 					limit := usually + faultLimit
 					if strings.HasPrefix(at, "start") || strings.HasPrefix(at, "chunk") {
 						limit += 3 * uploadTimeout(faultChunk)
 					}
 					hangs := fault == fakegcs.Hung || fault == fakegcs.HungApplied || fault == fakegcs.Stray
-					if hangs && strings.HasPrefix(at, "start") && !sc.seeks() {
-						// The only fault that costs a save, and the doc of Save says so:
-						// what was read for the first chunk is in the client's hands.
+					if (hangs && strings.HasPrefix(at, "start") || fault >= fakegcs.HalfChunk) && !sc.seeks() {
+						// The only faults that cost a save, and the doc of Save says so:
+						// what was read for the chunk is in the client's hands.
 						if end.winner != "" || took > limit {
 							t.Errorf("%v at %s: ended as %v after %v", fault, at, end, took)
 						}
