@@ -65,8 +65,7 @@ func first(n int32, which matcher) matcher {
 	return func(r *fakegcs.Request) bool { return which(r) && met.Add(1) <= n }
 }
 
-// onRequest is OnRequest for the only hook, which does not care for the context; nil
-// is none.
+// onRequest is OnRequest for a hook that does not care for the context; nil is none.
 func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 	if f.hook = hook; hook == nil {
 		f.OnRequest(nil)
@@ -75,15 +74,9 @@ func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault { return hook(r) })
 }
 
-// fault gives a fault to some requests for which no other hook has one.
+// fault gives a fault to some requests, and to no others.
 func (f *fakeGCS) fault(fault fakegcs.Fault, to matcher) {
-	before := f.hook
 	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		if before != nil {
-			if fault := before(r); fault != fakegcs.NoFault {
-				return fault
-			}
-		}
 		if to(r) {
 			return fault
 		}
@@ -91,13 +84,18 @@ func (f *fakeGCS) fault(fault fakegcs.Fault, to matcher) {
 	})
 }
 
-// before calls do before each of some requests is served.
+// before calls do before each of some requests is served. What other hook there is
+// stays.
 func (f *fakeGCS) before(which matcher, do func()) {
-	f.fault(fakegcs.NoFault, func(r *fakegcs.Request) bool {
+	hook := f.hook
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 		if which(r) {
 			do()
 		}
-		return false
+		if hook == nil {
+			return fakegcs.NoFault
+		}
+		return hook(r)
 	})
 }
 
