@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -39,11 +40,12 @@ func build(t *testing.T, dir string) (binary string) {
 // TestBinary runs the program as a process.
 func TestBinary(t *testing.T) {
 	clearGoEnv(t)
-	binary := build(t, ".")
+	binary, proxy := build(t, "."), build(t, "../../example/goproxy")
 	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
 	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
 	t.Run("second interrupt", func(t *testing.T) { testSecondInterrupt(t, binary) })
-	t.Run("proxy", func(t *testing.T) { testProxy(t, binary) })
+	t.Run("proxy", func(t *testing.T) { testProxy(t, binary, proxy) })
+	t.Run("load", func(t *testing.T) { testLoad(t, binary, proxy) })
 }
 
 // listen serves the bucket to programs that are started after this.
@@ -116,7 +118,7 @@ func testSignal(t *testing.T, binary string) {
 
 // testProxy has a proxy serve a module, spoils its bucket, and expects the proxy to
 // serve it again after a repair.
-func testProxy(t *testing.T, binary string) {
+func testProxy(t *testing.T, binary, proxy string) {
 	upstream := t.TempDir()
 	for name, value := range map[string]string{
 		"GOENV": "off", "GOPROXY": "file://" + filepath.ToSlash(upstream), "GOSUMDB": "off", "GOWORK": "off", "GOFLAGS": "-mod=mod",
@@ -129,7 +131,7 @@ func testProxy(t *testing.T, binary string) {
 	for name, data := range map[string]string{"list": "v1.0.0\n", "v1.0.0.info": r.info, "v1.0.0.mod": r.mod, "v1.0.0.zip": r.zip} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o666))
 	}
-	get, emulator := startProxy(t)
+	get, emulator, _ := startProxy(t, proxy)
 	t.Setenv("STORAGE_EMULATOR_HOST", emulator)
 	client, err := storage.NewClient(t.Context())
 	require.NoError(t, err)
@@ -153,13 +155,66 @@ func testProxy(t *testing.T, binary string) {
 	assert.Regexp(t, `^1 version, \d+ B: 0 wrong\n$`, out)
 }
 
+// testLoad loads modules from the module cache of this very test, and expects a proxy
+// without an upstream to serve them to the go command.
+func testLoad(t *testing.T, binary, proxy string) {
+	cache := commandOutput(t, "", "go", "env", "GOMODCACHE")
+	source, client := t.TempDir(), t.TempDir()
+	gomod := "module example.com/client\n"
+	for _, path := range []string{"github.com/dustin/go-humanize", "golang.org/x/sync"} {
+		version := commandOutput(t, "", "go", "list", "-m", "-f", "{{.Version}}", path)
+		gomod += "require " + path + " " + version + "\n"
+		files := filepath.Join("cache", "download", filepath.FromSlash(path), "@v")
+		require.NoError(t, os.CopyFS(filepath.Join(source, files), os.DirFS(filepath.Join(cache, files))))
+	}
+	write(t, gomod, client, "go.mod")
+	write(t, `package main
+
+import (
+	"github.com/dustin/go-humanize"
+	"golang.org/x/sync/errgroup"
+)
+
+func main() {
+	var g errgroup.Group
+	g.Go(func() error { print(humanize.Comma(1000)); return nil })
+	g.Wait()
+}
+`, client, "main.go")
+	for name, value := range map[string]string{
+		"GOENV": "off", "GOPROXY": "off", "GONOSUMDB": "*", "GOWORK": "off", "GOFLAGS": "-mod=mod -modcacherw",
+	} {
+		t.Setenv(name, value)
+	}
+	_, emulator, url := startProxy(t, proxy)
+	t.Setenv("STORAGE_EMULATOR_HOST", emulator)
+	for _, want := range []string{" stored", " already there"} {
+		code, out := output(t, binary, "load", "-bucket", fakegcs.Bucket, source)
+		assert.Equal(t, statusOK, code, out)
+		assert.Contains(t, out, want)
+	}
+	t.Setenv("GOPROXY", url)
+	t.Setenv("GOMODCACHE", t.TempDir())
+	assert.Contains(t, commandOutput(t, client, "go", "run", "."), "1,000")
+}
+
+// commandOutput runs a program that does not fail in a folder, and returns its output.
+func commandOutput(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, string(out))
+	return strings.TrimSpace(string(out))
+}
+
 // startProxy starts a proxy with an emulated bucket, and returns what reads a path from
-// it and the STORAGE_EMULATOR_HOST of the bucket.
-func startProxy(t *testing.T) (get func(path string) string, emulator string) {
+// it, the STORAGE_EMULATOR_HOST of the bucket, and the GOPROXY.
+func startProxy(t *testing.T, binary string) (get func(path string) string, emulator, url string) {
 	t.Helper()
 	out, stdout, err := os.Pipe()
 	require.NoError(t, err)
-	proxy := exec.Command(build(t, "../../example/goproxy"), "-emulator", "127.0.0.1:0", "-addr", "127.0.0.1:0")
+	proxy := exec.Command(binary, "-emulator", "127.0.0.1:0", "-addr", "127.0.0.1:0")
 	proxy.Stdout, proxy.Stderr = stdout, stdout
 	require.NoError(t, proxy.Start())
 	stdout.Close()
@@ -168,7 +223,6 @@ func startProxy(t *testing.T) (get func(path string) string, emulator string) {
 		_ = proxy.Wait()
 	})
 	lines := bufio.NewReader(out)
-	var url string
 	_, err = fmt.Fscanf(lines, "bucket modules is at STORAGE_EMULATOR_HOST=%s\nbucket modules; use it with GOPROXY=%s", &emulator, &url)
 	require.NoError(t, err)
 	go func() { _, _ = lines.WriteTo(io.Discard) }()
@@ -182,7 +236,7 @@ func startProxy(t *testing.T) (get func(path string) string, emulator string) {
 		require.Equal(t, http.StatusOK, resp.StatusCode, string(body))
 		return string(body)
 	}
-	return get, emulator
+	return get, emulator, url
 }
 
 // TestGRPC expects -grpc to talk gRPC; the tests of the library say that it works.

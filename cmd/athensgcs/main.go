@@ -1,12 +1,13 @@
 // Athensgcs shows what is in a bucket of Go modules, repairs what saves and
-// deletes that were cut short left there, verifies the modules' checksums, and deletes
-// versions.
+// deletes that were cut short left there, verifies the modules' checksums, deletes
+// versions, and loads them from elsewhere.
 //
 //	athensgcs check  -bucket NAME
 //	athensgcs repair -bucket NAME
 //	athensgcs verify -bucket NAME
 //	athensgcs show   -bucket NAME MODULE@VERSION...
 //	athensgcs delete -bucket NAME MODULE@VERSION...
+//	athensgcs load   -bucket NAME SOURCE
 //
 // Run athensgcs help for the exit statuses, and athensgcs COMMAND -h for the flags
 // of a command, with examples.
@@ -109,7 +110,7 @@ type command struct {
 	run func(*program, context.Context) (int, error)
 }
 
-var commands = []*command{checkCommand, repairCommand, verifyCommand, showCommand, deleteCommand}
+var commands = []*command{checkCommand, repairCommand, verifyCommand, showCommand, deleteCommand, loadCommand}
 
 func (p *program) run(ctx context.Context, args []string) int {
 	if len(args) == 0 {

@@ -148,16 +148,20 @@ func (r *result) read(ctx context.Context, p *program) error {
 	if r.Mod, err = hashMod(mod); err != nil {
 		return err
 	}
-	file, err := r.download(ctx, p)
+	file, size, err := p.download(ctx, p.storage, r.ModuleVersion)
 	if err != nil {
 		return p.explain(ctx, r.ModuleVersion, err)
 	}
 	defer os.Remove(file)
-	r.bytes += int64(len(info) + len(mod))
-	// Reading the directory of a zip of a million files takes seconds, and does not
-	// look at the context.
+	r.bytes = size + int64(len(info)+len(mod))
+	return r.checkZip(ctx, file)
+}
+
+// checkZip checks the zip and that the .mod is the go.mod in it. To read the directory
+// of a zip of a million files takes seconds, and does not look at the context.
+func (r *result) checkZip(ctx context.Context, file string) error {
 	checked := make(chan error, 1)
-	go func() { checked <- r.checkZip(ctx, file) }()
+	go func() { checked <- r.checkZipFile(ctx, file) }()
 	select {
 	case err := <-checked:
 		return err
@@ -186,15 +190,15 @@ func (r *result) checkInfo(info []byte) {
 
 // download stores the zip in a temporary file, or as much of it as shows that it is
 // too large for the go command.
-func (r *result) download(ctx context.Context, p *program) (name string, err error) {
-	body, err := p.storage.Zip(ctx, r.Module, r.Version)
+func (p *program) download(ctx context.Context, s *gcs.Storage, v gcs.ModuleVersion) (name string, size int64, err error) {
+	body, err := s.Zip(ctx, v.Module, v.Version)
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
 	defer body.Close()
 	f, err := p.temp.create("*.zip")
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
 	defer func() {
 		err = errors.Join(err, f.Close())
@@ -202,13 +206,13 @@ func (r *result) download(ctx context.Context, p *program) (name string, err err
 			os.Remove(f.Name())
 		}
 	}()
-	r.bytes, err = io.Copy(f, io.LimitReader(body, modzip.MaxZipFile+1))
-	return f.Name(), err
+	size, err = io.Copy(f, io.LimitReader(body, modzip.MaxZipFile+1))
+	return f.Name(), size, err
 }
 
-// checkZip checks the zip and that the .mod is the go.mod in it. A zip that the go
-// command refuses is not read: it can unpack to any size.
-func (r *result) checkZip(ctx context.Context, file string) error {
+// checkZipFile checks the zip. One that the go command refuses is not read: it can
+// unpack to any size.
+func (r *result) checkZipFile(ctx context.Context, file string) error {
 	_, err := modzip.CheckZip(module.Version{Path: r.Module, Version: r.Version}, file)
 	var broken *fs.PathError
 	switch {

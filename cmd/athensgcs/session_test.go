@@ -32,13 +32,15 @@ func TestSession(t *testing.T) {
 	checksum := regexp.MustCompile(`h1:\S+`)
 	doc := checksum.ReplaceAllString(strings.ReplaceAll(string(text), "\r\n", "\n"), "h1:")
 	synctest.Test(t, func(t *testing.T) {
-		b := newBucket(t)
+		time.Sleep(time.Until(time.Date(2026, 11, 2, 9, 0, 0, 0, time.UTC)))
+		b, disk := newBucket(t), t.TempDir()
 		shows := func(command, flags string) {
 			t.Helper()
 			args := command + flags
 			if sum, ok := b.checksums.(*sumServer); ok {
 				args = strings.ReplaceAll(args, "sum.golang.org", sum.key)
 			}
+			args = strings.ReplaceAll(args, "/var/lib/athens", disk)
 			status, stdout, stderr := b.run(strings.Fields(args)...)
 			assert.Empty(t, stderr)
 			want := "    $ athensgcs " + command + " -bucket my-modules" + flags
@@ -76,6 +78,7 @@ func TestSession(t *testing.T) {
 
 		time.Sleep(12 * time.Second)
 		shows("check", "")
+		shows("show", " golang.org/x/mod@v0.17.0")
 		_, stdout, _ := b.run("check", "-json")
 		assert.Equal(t, 1, strings.Count(stdout, `"state":"partial"`))
 		time.Sleep(time.Second)
@@ -88,5 +91,12 @@ func TestSession(t *testing.T) {
 			b.put(r, nil, "info", "mod", "zip")
 		}
 		shows("verify", " -sumdb sum.golang.org")
+
+		for _, r := range []release{quote, large("rsc.io/quote", "v1.5.1", 23_000), large("rsc.io/quote/v3", "v3.1.0", 23_000)} {
+			write(t, r.zip, disk, r.module, r.version, "source.zip")
+		}
+		write(t, quote.zip, disk, "rsc.io", "fortune", "v1.0.0", "source.zip")
+		shows("load", " -dry-run /var/lib/athens")
+		shows("load", " /var/lib/athens")
 	})
 }
