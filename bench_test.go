@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"cloud.google.com/go/storage"
+	"google.golang.org/api/iterator"
 	"google.golang.org/api/option"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
@@ -227,6 +228,77 @@ func BenchmarkCatalogLarge(b *testing.B) {
 			}
 			b.ReportMetric(peak, "peak-MiB")
 		})
+	}
+}
+
+// BenchmarkListing is List, Catalog and Scan of 1,000 versions in each of the states
+// of storeIn. x-bare is the time over that of a listing by the client alone.
+func BenchmarkListing(b *testing.B) {
+	const n = 1000
+	for _, call := range []string{"List", "Catalog", "Scan"} {
+		for _, state := range []string{"whole", "copied", "partial", "abandoned", "tenth partial"} {
+			b.Run(call+"/"+state, func(b *testing.B) {
+				counted := inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
+					storeIn(f, state, n)
+					do := everyCall(f.storage("a"))[call]
+					return measure(f, func() { fatal(t, do(t.Context())) })
+				})
+				bucket := startServer(b, state, n)
+				do := everyCall(newStorage(bucket))[call]
+				ratio := pairs(b, 0, func() { fatal(b, do(b.Context())) }, func() {
+					q := &storage.Query{Projection: storage.ProjectionNoACL}
+					q.SetAttrSelection([]string{"Name", "Size", "Generation", "Metageneration", "Metadata", "Created", "Updated"})
+					_, err := iterator.NewPager(bucket.Objects(b.Context(), q), 4*n, "").NextPage(new([]*storage.ObjectAttrs))
+					fatal(b, err)
+				})
+				counted.report(b)
+				b.ReportMetric(ratio, "x-bare")
+			})
+		}
+	}
+}
+
+// storeIn puts n versions into the bucket, all in one state, or every tenth partial.
+func storeIn(f *fakeGCS, state string, n int) {
+	for i := range n {
+		v := ModuleVersion{testModule, fmt.Sprintf("v1.%d.0", i)}
+		mod, others, exts := map[string]string{keySaveID: "a"}, map[string]string{keySaveID: "a"}, []string{extInfo, extMod, extZip}
+		switch {
+		case state == "copied":
+			others[keyGeneration] = "1"
+		case state == "abandoned":
+			mod = marked(givenUp, "b")
+		case state == "partial", state == "tenth partial" && i%10 == 0:
+			exts = exts[:2]
+		}
+		for _, ext := range exts {
+			f.Put(v.object(ext), nil, map[string]map[string]string{extMod: mod, extInfo: others, extZip: others}[ext])
+		}
+	}
+}
+
+// BenchmarkScanLarge scans buckets of 10,000 and of 1,000,000 objects. peak-MiB is the
+// most that is in use, garbage aside, when a version is yielded.
+func BenchmarkScanLarge(b *testing.B) {
+	for kind, files := range map[string]int{"lean": 3, "lean, partial": 2} {
+		for _, objects := range []int{10_000, 1_000_000} {
+			b.Run(fmt.Sprintf("%s/%d", kind, objects), func(b *testing.B) {
+				s, peak, n := newStorage(startServer(b, kind, objects/files)), uint64(0), 0
+				b.ReportAllocs()
+				for b.Loop() {
+					for _, err := range s.Scan(b.Context(), "") {
+						fatal(b, err)
+						if n++; n%997 == 0 {
+							var m runtime.MemStats
+							runtime.GC()
+							runtime.ReadMemStats(&m)
+							peak = max(peak, m.HeapAlloc)
+						}
+					}
+				}
+				b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
+			})
+		}
 	}
 }
 
@@ -474,7 +546,7 @@ var largeMD5 = sync.OnceValue(func() []byte {
 
 // The server of a benchmark is this test program once more.
 const (
-	serverKind     = "GCS_BENCH_SERVER"   // fake, or lean
+	serverKind     = "GCS_BENCH_SERVER"   // fake, lean, or a state of storeIn
 	serverVersions = "GCS_BENCH_VERSIONS" // how many it holds
 )
 
@@ -520,17 +592,21 @@ func TestBenchServer(t *testing.T) {
 	versions, _ := strconv.Atoi(os.Getenv(serverVersions))
 	var endpoint string
 	switch os.Getenv(serverKind) {
+	case "":
+		t.Skip("only for benchmarks")
+	case "lean":
+		endpoint = httptest.NewServer(newLeanServer(versions, extInfo, extMod, extZip)).URL
+	case "lean, partial":
+		endpoint = httptest.NewServer(newLeanServer(versions, extInfo, extMod)).URL
 	case "fake":
 		f := newFakeGCS(t)
 		f.tolerate() // the baseline
 		storeVersions(f, versions)
 		endpoint = f.listen(t)
-	case "lean":
-		server := httptest.NewServer(newLeanServer(versions))
-		t.Cleanup(server.Close)
-		endpoint = server.URL
 	default:
-		t.Skip("only for benchmarks")
+		f := newFakeGCS(t)
+		storeIn(f, os.Getenv(serverKind), versions)
+		endpoint = f.listen(t)
 	}
 	fmt.Printf("\n%s=%s\n", serverKind, endpoint)
 	io.Copy(io.Discard, os.Stdin)
@@ -540,15 +616,18 @@ func TestBenchServer(t *testing.T) {
 // accepts all that is sent and keeps none of it.
 type leanServer struct {
 	versions int
+	exts     []string
+	item     *fakegcs.Server // with one object
 	crc32c   string
-	saved    time.Time
 }
 
-func newLeanServer(versions int) *leanServer {
+func newLeanServer(versions int, exts ...string) *leanServer {
 	h := crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	io.Copy(h, newPattern(largeZip))
 	sum := base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, h.Sum32()))
-	return &leanServer{versions, sum, time.Now()}
+	item := fakegcs.New()
+	item.Put(placeholder, nil, map[string]string{keySaveID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
+	return &leanServer{versions, exts, item, sum}
 }
 
 func (s *leanServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -575,13 +654,14 @@ func (s *leanServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // object is the name of the i-th of the bucket's objects, which come in order.
 func (s *leanServer) object(i int) string {
-	return fmt.Sprintf("example.com/module%04d/@v/v1.0.%02d.%s", i/300, i/3%100, []string{extInfo, extMod, extZip}[i%3])
+	n := len(s.exts)
+	return fmt.Sprintf("example.com/module%04d/@v/v1.0.%02d.%s", i/n/100, i/n%100, s.exts[i%n])
 }
 
 // list answers with a part of a listing.
 func (s *leanServer) list(w http.ResponseWriter, query url.Values) {
 	from := func(name string) int {
-		return sort.Search(3*s.versions, func(i int) bool { return s.object(i) >= name })
+		return sort.Search(len(s.exts)*s.versions, func(i int) bool { return s.object(i) >= name })
 	}
 	prefix, last := query.Get("prefix"), query.Get("endOffset")
 	first, err := strconv.Atoi(query.Get("pageToken"))
@@ -603,7 +683,7 @@ func (s *leanServer) list(w http.ResponseWriter, query url.Values) {
 		fmt.Fprintf(&page, `"nextPageToken":"%d",`, end)
 	}
 	page.WriteString(`"items":[`)
-	item := item(url.Values{"fields": query["fields"], "projection": query["projection"]})
+	item := itemOf(s.item, url.Values{"fields": query["fields"], "projection": query["projection"]})
 	for i := first; i < end; i++ {
 		if i > first {
 			page.WriteString(",")
@@ -617,12 +697,9 @@ func (s *leanServer) list(w http.ResponseWriter, query url.Values) {
 
 const placeholder = "NAME"
 
-// item is an object in a listing, but for its name. All the others are alike, and
+// itemOf is an object in a listing, but for its name. All the others are alike, and
 // to encode each of them would be most of what takes time.
-func item(query url.Values) []byte {
-	f := fakegcs.New()
-	defer f.Close()
-	f.Put(placeholder, nil, map[string]string{keySaveID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
+func itemOf(f *fakegcs.Server, query url.Values) []byte {
 	answer := httptest.NewRecorder()
 	f.Handler().ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/storage/v1/b/"+fakegcs.Bucket+"/o?"+query.Encode(), nil))
 	var page struct{ Items []json.RawMessage }
