@@ -52,6 +52,42 @@ func TestBudgetRequests(t *testing.T) {
 	}
 }
 
+// What List, Catalog and Scan of 1,000 versions cost, whatever their state.
+func TestBudgetListing(t *testing.T) {
+	for state, want := range map[string]map[string]int{
+		"whole":         {"List": 4, "Catalog": 4, "Scan": 4},
+		"copied":        {"List": 8, "Catalog": 8, "Scan": 8},
+		"partial":       {"List": 3, "Catalog": 3, "Scan": 6},
+		"abandoned":     {"List": 4, "Catalog": 4, "Scan": 8},
+		"tenth partial": {"List": 3, "Catalog": 3, "Scan": 6},
+	} {
+		t.Run(state, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				storeIn(f, state, 1000)
+				for call, requests := range want {
+					f.ResetLog()
+					require.NoError(t, everyCall(s)[call](t.Context()))
+					require.Len(t, f.Log(), requests, call)
+				}
+			})
+		})
+	}
+}
+
+// A page of a catalog is one request, and one for each unfinished version.
+func TestBudgetCatalogPage(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeIn(f, "whole", 9)
+		require.Len(t, pagesOf(t, s, 3, func() {}), 3)
+		require.Len(t, f.Log(), 3)
+		unfinishedVersion(f, ModuleVersion{testModule, "v2.0.0"})
+		unfinishedVersion(f, ModuleVersion{testModule, "v3.0.0"})
+		f.ResetLog()
+		require.Len(t, catalogOf(t, s, 0), 11)
+		require.Equal(t, []string{"list", "patch", "patch"}, logged(f))
+	})
+}
+
 // A listing receives a quarter of what one with the client's defaults does.
 func TestBudgetListBytes(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {

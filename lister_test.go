@@ -83,12 +83,19 @@ func TestListInterleaved(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
 		storeFiles(f, testModule, "v1.k", extInfo, extZip)
-		requireList(t, s, testModule, "v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip")
+		all := []string{"v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip"}
+		requireList(t, s, testModule, all...)
 		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
 			f.ResetLog()
 			requireExists(t, s, vers, true)
 			require.Len(t, f.Log(), 1)
 		}
+		for _, vers := range []string{"v1", "v1.j"} { // copied
+			f.SetMetadata(ModuleVersion{testModule, vers}.object(extInfo), map[string]string{keyGeneration: "1"})
+		}
+		f.ResetLog()
+		requireList(t, s, testModule, all...)
+		require.Len(t, f.Log(), 2)
 	})
 }
 
