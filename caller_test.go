@@ -105,7 +105,7 @@ func TestSaveOfPanickingReader(t *testing.T) {
 	} {
 		for name, size := range heads {
 			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
-				f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Object == objectName(extInfo) })
+				f.fault(fakegcs.Hung, on("", "insert", extInfo))
 				zip := behindHead(size, func([]byte) (int, error) {
 					time.Sleep(100 * time.Millisecond) // the .info is on its way
 					stop()

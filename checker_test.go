@@ -139,8 +139,6 @@ func TestExistsStates(t *testing.T) {
 	}
 }
 
-func isPatch(r *fakegcs.Request) bool { return r.Op == "patch" }
-
 // The time of an older Athens version's marker is that of its object's creation,
 // whatever was updated since.
 func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
@@ -192,7 +190,7 @@ func TestExistsRaces(t *testing.T) {
 		run(t, tc.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 			unfinishedVersion(f, testVersionName)
 			var after *fakegcs.Object
-			f.atFirst(isPatch, func() {
+			f.atFirst(on("", "patch", ""), func() {
 				tc.change(f)
 				after = f.Get(mod)
 			})
@@ -207,7 +205,7 @@ func TestExistsRaces(t *testing.T) {
 func TestExistsAfterRace(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		unfinishedVersion(f, testVersionName)
-		f.atFirst(isPatch, func() { f.SetMetadata(objectName(extMod), marked(time.Now().Add(ago/2), "a")) })
+		f.atFirst(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), marked(time.Now().Add(ago/2), "a")) })
 		requireExists(t, s, testVersion, true)
 		require.Equal(t, []string{"list", "patch", "list", "patch"}, logged(f))
 	})

@@ -88,7 +88,7 @@ func TestDeleteCrashes(t *testing.T) {
 				run(t, fmt.Sprintf("request %d %v, then %s", n, fault, next), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 					doomed := f.Machine("doomed")
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.Machine == "doomed" && r.MachineN == n })
+					f.fault(fault, nth("doomed", n))
 					err := newStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
 					requireError(t, err, KindGatewayTimeout, "gcs.Delete", testModule, testVersion)
 
@@ -195,9 +195,7 @@ func TestDeleteDuringSave(t *testing.T) {
 func TestDeleteTakenOver(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
-		f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "delete" }, func() {
-			f.Put(objectName(extMod), []byte("other"), marked(time.Now(), "b"))
-		})
+		f.atFirst(on("", "delete", ""), func() { f.Put(objectName(extMod), []byte("other"), marked(time.Now(), "b")) })
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
@@ -264,11 +262,7 @@ func TestDeleteContext(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		ctx, cancel := context.WithCancel(t.Context())
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Op == "list" {
-				cancel()
-			}
-		})
+		f.after(on("", "list", ""), cancel)
 		err := s.Delete(ctx, testModule, testVersion)
 		requireError(t, err, KindUnexpected, "gcs.Delete", testModule, testVersion)
 		require.ErrorIs(t, err, context.Canceled)

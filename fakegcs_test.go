@@ -60,9 +60,9 @@ func nth(machine string, n int) matcher {
 }
 
 // first picks the first n of some requests.
-func first(n int32, which matcher) matcher {
-	var met atomic.Int32
-	return func(r *fakegcs.Request) bool { return which(r) && met.Add(1) <= n }
+func first(n int, which matcher) matcher {
+	var met atomic.Int64
+	return func(r *fakegcs.Request) bool { return which(r) && met.Add(1) <= int64(n) }
 }
 
 // onRequest is OnRequest for a hook that does not care for the context; nil is none.
@@ -97,6 +97,16 @@ func (f *fakeGCS) before(which matcher, do func()) {
 		}
 		return hook(r)
 	})
+}
+
+// count returns how many requests of the log match.
+func (f *fakeGCS) count(which matcher) (n int) {
+	for _, r := range f.Log() {
+		if which(&r) {
+			n++
+		}
+	}
+	return n
 }
 
 // atFirst calls do before the first of some requests is served.

@@ -171,20 +171,14 @@ func TestOwnObjectCutShort(t *testing.T) {
 
 // A create that its sender has given up arrives late. It holds up nobody.
 func TestLateCreateOfCancelledSave(t *testing.T) {
-	forNamed(t, inCrowd, map[string]func(*fakegcs.Request) bool{
-		"before the give-up looks":  func(r *fakegcs.Request) bool { return r.Op == "attrs" },
+	forNamed(t, inCrowd, map[string]matcher{
+		"before the give-up looks":  on("", "attrs", ""),
 		"before the give-up writes": givesUp,
 		"after the save":            func(*fakegcs.Request) bool { return false },
-	}, func(t *testing.T, f *fakeGCS, lands func(*fakegcs.Request) bool) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case lands(r):
-				f.Land()
-			case r.Op == "insert" && r.Object == objectName(extMod) && !givesUp(r):
-				return fakegcs.Stray
-			}
-			return fakegcs.NoFault
-		})
+	}, func(t *testing.T, f *fakeGCS, lands matcher) {
+		creates := on("", "insert", extMod)
+		f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return creates(r) && !givesUp(r) })
+		f.before(lands, func() { f.Land() })
 		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
 		f.Land()
 		requireSavableAtOnce(t, f)
@@ -226,9 +220,8 @@ func TestLateCreateBeforeTakeover(t *testing.T) {
 // So does a claim whose holder could not reach the bucket.
 func TestLateCreateOfFailedClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool {
-			return r.Op == "insert" && r.Object == objectName(extClaim) && !givesUp(r)
-		})
+		claims := on("", "insert", extClaim)
+		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool { return claims(r) && !givesUp(r) })
 		next := answering(testVersion, nil)
 		_, err := f.storage("a").SingleFlight(next).Stash(t.Context(), testModule, testVersion)
 		requireKind(t, err, KindUnexpected)
@@ -261,18 +254,10 @@ func (p *pausing) Read(b []byte) (int, error) {
 func TestSlowReaderOfSecondPass(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 3*faultChunk-1)
-		starts := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "start" {
-				if starts++; starts == 1 {
-					return fakegcs.Hung
-				}
-			}
-			return fakegcs.NoFault
-		})
+		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
 		zip := &pausing{Reader: bytes.NewReader(a.zip)}
 		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
-		require.Equal(t, 2, starts)
+		require.Equal(t, 2, f.count(on("", "start", "")))
 		requireStored(t, f, a)
 	})
 }
@@ -334,7 +319,7 @@ func TestCommitAfterFailedRenewal(t *testing.T) {
 func TestGiveUpOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
-		f.fault(fakegcs.HungApplied, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Object == objectName(extZip) })
+		f.fault(fakegcs.HungApplied, on("a", "", extZip))
 		ctx := within(t, 2*time.Second)
 		time.AfterFunc(time.Second, func() { requireExists(t, ahead(f, "e"), testVersion, true) })
 		require.NoError(t, a.save(ctx, f.storage("a")))
@@ -465,14 +450,7 @@ func TestRenewalsOverSlowLine(t *testing.T) {
 	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
 		t.Run(trip.String(), func(t *testing.T) {
 			bubble(t, trip, func(t *testing.T, f *fakeGCS) {
-				lost := false
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if r.Op == "patch" && !lost {
-						lost = true
-						return fakegcs.HungApplied
-					}
-					return fakegcs.NoFault
-				})
+				f.fault(fakegcs.HungApplied, first(1, on("", "patch", "")))
 				var group sync.WaitGroup
 				defer group.Wait()
 				group.Go(func() {
@@ -488,14 +466,7 @@ func TestRenewalsOverSlowLine(t *testing.T) {
 // A renewal that takes longer than the time to the next is not followed at once by it.
 func TestRenewalsAreNotTooFast(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		slow := false
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "patch" && !slow {
-				slow = true
-				time.Sleep(1900 * time.Millisecond)
-			}
-			return fakegcs.NoFault
-		})
+		f.atFirst(on("", "patch", ""), func() { time.Sleep(1900 * time.Millisecond) })
 		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
 	})
 }
@@ -546,13 +517,7 @@ func TestAnswerAtTheDeadline(t *testing.T) {
 func TestScanOfDeleted(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeFiles(f, testModule, testVersion, extInfo)
-		first := true
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Op == "list" && first {
-				first = false
-				f.Remove(objectName(extInfo))
-			}
-		})
+		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
 		for status, err := range s.Scan(t.Context(), testModule) {
 			require.NoError(t, err)
 			t.Errorf("%+v", status)
@@ -599,9 +564,8 @@ func TestSaveForbidden(t *testing.T) {
 func TestZipBreaksWithoutEnd(t *testing.T) {
 	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Unavailable, fakegcs.Hung}, func(t *testing.T, f *fakeGCS, then fakegcs.Fault) {
 		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
-		n := 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if n++; n == 1 {
+			if r.N == 0 {
 				return fakegcs.LostBody
 			}
 			return then
@@ -622,10 +586,7 @@ func TestZipBreaksWithoutEnd(t *testing.T) {
 func TestLateCreateDuringSave(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		f.tolerate()
-		var sent atomic.Bool
-		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool {
-			return r.Object == objectName(extMod) && sent.CompareAndSwap(false, true)
-		})
+		f.fault(fakegcs.StrayReset, first(1, on("", "", extMod)))
 		ctx := within(t, 10*time.Second)
 		time.AfterFunc(5*time.Second, func() {
 			f.Remove(objectName(extMod))
@@ -645,15 +606,7 @@ func TestRecoveredCreateHealsNothing(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		var l syncedLog
 		f.Put(objectName(extMod), nil, marked(time.Now(), "x"))
-		n := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == objectName(extMod) {
-				if n++; n == 1 {
-					return fakegcs.StrayReset
-				}
-			}
-			return fakegcs.NoFault
-		})
+		f.fault(fakegcs.StrayReset, first(1, on("", "insert", extMod)))
 		time.AfterFunc(5*time.Second, func() {
 			f.Remove(objectName(extMod)) // a delete
 			f.Land()
@@ -698,21 +651,10 @@ func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
 func TestDeleteOfCommitted(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		listed, saved := make(chan struct{}), make(chan struct{})
-		var once sync.Once
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Machine == "a" && r.Op == "insert" && r.Object != objectName(extMod):
-				<-listed
-			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extMod):
-				<-saved
-			}
-			return fakegcs.NoFault
-		})
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Machine == "d" && r.Op == "list" {
-				once.Do(func() { close(listed) })
-			}
-		})
+		f.before(on("a", "insert", extInfo), func() { <-listed })
+		f.before(on("a", "insert", extZip), func() { <-listed })
+		f.before(on("d", "delete", extMod), func() { <-saved })
+		f.after(first(1, on("d", "list", "")), func() { close(listed) })
 		var group sync.WaitGroup
 		group.Go(func() {
 			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
@@ -751,12 +693,10 @@ func TestStreamLimited(t *testing.T) {
 func TestRenewalOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, w := contentOf("a", 100), watch(t)
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extZip) {
-				time.Sleep(time.Second) // until the .info is there
-				requireExists(t, ahead(f, "e"), testVersion, true)
-				time.Sleep(4 * time.Second)
-			}
+		f.after(on("a", "insert", extZip), func() {
+			time.Sleep(time.Second) // until the .info is there
+			requireExists(t, ahead(f, "e"), testVersion, true)
+			time.Sleep(4 * time.Second)
 		})
 		require.NoError(t, a.save(t.Context(), f.storage("a", WithStaleThreshold(8*time.Second))))
 		requireStored(t, f, a)
@@ -785,7 +725,7 @@ func TestGiveUp(t *testing.T) {
 	for name, hook := range map[string]func(f *fakeGCS){
 		"costs": func(f *fakeGCS) {},
 		"hangs": func(f *fakeGCS) {
-			f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" })
+			f.fault(fakegcs.Hung, on("", "patch", ""))
 		},
 		"fenced": func(f *fakeGCS) { f.Remove(objectName(extMod)) },
 	} {
@@ -810,12 +750,7 @@ func TestGiveUp(t *testing.T) {
 func TestDeleteRefusedAgainAndAgain(t *testing.T) {
 	forEach(t, inCrowd, []string{"Delete", "Repair"}, func(t *testing.T, f *fakeGCS, call string) {
 		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "delete" && r.N < 1000 {
-				f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-			}
-			return fakegcs.NoFault
-		})
+		f.before(first(1000, on("", "delete", "")), func() { f.Put(objectName(extMod), nil, marked(givenUp, "other")) })
 		err := everyCall(f.storage("a"))[call](t.Context())
 		require.True(t, isPreconditionFailed(err), "%v", err)
 		require.Less(t, len(f.Log()), 100)
@@ -852,12 +787,7 @@ func TestOwnZipOfSecondPass(t *testing.T) {
 // A commit that finds the marker cleared is done: nothing is given up.
 func TestCommitOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "patch" {
-				f.SetMetadata(objectName(extMod), nil)
-			}
-			return fakegcs.NoFault
-		})
+		f.before(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), nil) })
 		a := contentOf("a", 100)
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		require.Len(t, f.Log(), 6, "5, and the .mod is read")

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 var testVersionName = ModuleVersion{testModule, testVersion}
@@ -78,7 +76,7 @@ func TestRepairBesideSave(t *testing.T) {
 					a := contentOf("a", 100)
 					var group sync.WaitGroup
 					var saveErr error
-					f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.MachineN == n }, func() {
+					f.atFirst(nth("r", n), func() {
 						group.Go(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
 						time.Sleep(time.Second)
 					})
@@ -112,17 +110,11 @@ func TestRepairDuringSave(t *testing.T) {
 				run(t, fmt.Sprintf("%s, request %d, answered %v", c.name, n, answered), inCrowd, func(t *testing.T, f *fakeGCS) {
 					stateCases()[i].put(f, testVersionName)
 					a := contentOf("a", 100)
-					repair := func(r *fakegcs.Request, here bool) {
-						if r.Machine == "a" && r.MachineN == n && here {
-							_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
-							require.NoError(t, err)
-						}
-					}
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						repair(r, !answered)
-						return fakegcs.NoFault
+					at := map[bool]func(matcher, func()){false: f.before, true: f.after}[answered]
+					at(nth("a", n), func() {
+						_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+						require.NoError(t, err)
 					})
-					f.onAnswer(func(r *fakegcs.Request) { repair(r, answered) })
 					require.NoError(t, a.save(t.Context(), f.storage("a")))
 					requireStored(t, f, a)
 				})
@@ -137,7 +129,7 @@ func TestRepairOfLivingSave(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, saved := contentOf("a", 100), make(chan struct{})
 		refused := false
-		f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "r" && r.Op == "delete" }, func() {
+		f.atFirst(on("r", "delete", ""), func() {
 			<-saved
 			refused = true
 		})

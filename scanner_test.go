@@ -265,12 +265,7 @@ func TestScanErrors(t *testing.T) {
 			for i := range 500 {
 				storeFiles(f, testModule, fmt.Sprintf("v1.%03d.0", i), extInfo, extMod)
 			}
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.N == c.fails {
-					f.Deny("storage.objects.list")
-				}
-				return fakegcs.NoFault
-			})
+			f.before(nth("m", c.fails), func() { f.Deny("storage.objects.list") })
 			var told, failed int
 			for status, err := range s.Scan(t.Context(), c.module) {
 				if err == nil {

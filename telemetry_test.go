@@ -384,15 +384,9 @@ func TestRenewalsFailed(t *testing.T) {
 	} {
 		run(t, test.name, inCrowd, func(t *testing.T, f *fakeGCS) {
 			w := watch(t)
-			start, patches := time.Now(), 0
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "patch" && time.Since(start) < 100*time.Second {
-					if patches++; patches <= test.first {
-						return test.fault
-					}
-				}
-				return fakegcs.NoFault
-			})
+			start := time.Now()
+			renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && time.Since(start) < 100*time.Second }
+			f.fault(test.fault, first(test.first, renews))
 			a := contentOf("a", 100)
 			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
 			requireStored(t, f, a)
