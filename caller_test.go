@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -158,37 +157,42 @@ func TestNilArguments(t *testing.T) {
 // everyCall calls everything that can fail, of which each wants the version to
 // exist or not.
 func everyCall(s *Storage) map[string]func(ctx context.Context) error {
-	const module, vers = testModule, testVersion
-	return map[string]func(ctx context.Context) error{
-		"Save":   func(ctx context.Context) error { return contentOf("a", 100).save(ctx, s) },
-		"Exists": func(ctx context.Context) error { _, err := s.Exists(ctx, module, vers); return err },
-		"Info":   func(ctx context.Context) error { _, err := s.Info(ctx, module, vers); return err },
-		"GoMod":  func(ctx context.Context) error { _, err := s.GoMod(ctx, module, vers); return err },
-		"Zip": func(ctx context.Context) error {
-			zip, err := s.Zip(ctx, module, vers)
-			if err != nil {
-				return err
-			}
-			_, err = io.Copy(io.Discard, zip)
-			return errors.Join(err, zip.Close())
-		},
-		"List":    func(ctx context.Context) error { _, err := s.List(ctx, module); return err },
-		"Delete":  func(ctx context.Context) error { return s.Delete(ctx, module, vers) },
-		"Catalog": func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 0); return err },
-		"Scan": func(ctx context.Context) (err error) {
+	return callsOn(s, testVersionName)
+}
+
+// callsOn is everyCall for that version.
+func callsOn(s *Storage, v ModuleVersion) map[string]func(ctx context.Context) error {
+	read := func(op string) func(ctx context.Context) error {
+		return func(ctx context.Context) error { _, err := readers[op](ctx, s, v.Module, v.Version); return err }
+	}
+	scan := func(module string) func(ctx context.Context) error {
+		return func(ctx context.Context) (err error) {
 			for _, err = range s.Scan(ctx, module) {
 			}
 			return err
-		},
-		"Scan all": func(ctx context.Context) (err error) {
-			for _, err = range s.Scan(ctx, "") {
+		}
+	}
+	return map[string]func(ctx context.Context) error{
+		"Save": func(ctx context.Context) error { return contentOf("a", 100).saveAs(ctx, s, v) },
+		"Exists": func(ctx context.Context) error {
+			ok, err := s.Exists(ctx, v.Module, v.Version)
+			if ok && err != nil {
+				panic("a version exists in spite of an error")
 			}
 			return err
 		},
-		"Repair": func(ctx context.Context) error { _, err := s.Repair(ctx, module, vers); return err },
-		"Check":  s.Check,
+		"Info":     read("Info"),
+		"GoMod":    read("GoMod"),
+		"Zip":      read("Zip"),
+		"List":     func(ctx context.Context) error { _, err := s.List(ctx, v.Module); return err },
+		"Delete":   func(ctx context.Context) error { return s.Delete(ctx, v.Module, v.Version) },
+		"Catalog":  func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 0); return err },
+		"Scan":     scan(v.Module),
+		"Scan all": scan(""),
+		"Repair":   func(ctx context.Context) error { _, err := s.Repair(ctx, v.Module, v.Version); return err },
+		"Check":    s.Check,
 		"Stash": func(ctx context.Context) error {
-			_, err := s.SingleFlight(answering(vers, nil)).Stash(ctx, module, vers)
+			_, err := s.SingleFlight(answering(v.Version, nil)).Stash(ctx, v.Module, v.Version)
 			return err
 		},
 	}

@@ -411,10 +411,8 @@ func (b *bench) metadata(t *testing.T) {
 
 func (b *bench) lifecycle(t *testing.T) {
 	s := b.patient()
-	for op, call := range calls {
-		if op != "Save" && op != "Exists" {
-			require.True(t, Is(call(t, s, b.module, "v1.0.0"), KindNotFound), op)
-		}
+	for _, op := range perVersion[2:] {
+		require.True(t, Is(callsOn(s, ModuleVersion{b.module, "v1.0.0"})[op](b.ctx), KindNotFound), op)
 	}
 	b.requireExists(t, "v1.0.0", false)
 	requireList(t, s, b.module)
@@ -520,7 +518,7 @@ func (zeros) Read(p []byte) (int, error) {
 func (b *bench) contexts(t *testing.T) {
 	s := b.patient()
 	require.NoError(t, b.save(b.ctx, s, "v1.0.0", "first"))
-	for op, call := range eachCall(s, b.module) {
+	for op, call := range callsOn(s, ModuleVersion{b.module, "v1.0.0"}) {
 		cancelled, cancel := context.WithCancel(b.ctx)
 		cancel()
 		err := call(cancelled)

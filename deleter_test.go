@@ -97,7 +97,7 @@ func TestDeleteCrashes(t *testing.T) {
 					requireExists(t, s, testVersion, !begun)
 
 					left := len(f.Names())
-					err = calls[next](t, s, testModule, testVersion)
+					err = everyCall(s)[next](t.Context())
 					switch {
 					case next == "Save" && !begun:
 						requireError(t, err, KindAlreadyExists, "gcs.Save", testModule, testVersion)

@@ -3,6 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -70,11 +71,13 @@ var readers = map[string]func(ctx context.Context, s *Storage, module, vers stri
 	"Zip": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
 		r, err := s.Zip(ctx, module, vers)
 		if err != nil {
+			if r != nil {
+				panic("an interface that holds nothing must be nil")
+			}
 			return "", err
 		}
-		defer r.Close()
 		b, err := io.ReadAll(r)
-		return string(b), err
+		return string(b), errors.Join(err, r.Close())
 	},
 }
 

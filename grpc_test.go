@@ -121,28 +121,6 @@ func TestForbiddenOverBoth(t *testing.T) {
 	})
 }
 
-// eachCall is a call of each method, about a module whose v1.0.0 is complete.
-func eachCall(s *Storage, m string) map[string]func(ctx context.Context) error {
-	return map[string]func(ctx context.Context) error{
-		"Save":    func(ctx context.Context) error { return saveVersion(ctx, s, m, "v2.0.0") },
-		"Exists":  func(ctx context.Context) error { _, err := s.Exists(ctx, m, "v1.0.0"); return err },
-		"Info":    func(ctx context.Context) error { _, err := s.Info(ctx, m, "v1.0.0"); return err },
-		"GoMod":   func(ctx context.Context) error { _, err := s.GoMod(ctx, m, "v1.0.0"); return err },
-		"Zip":     func(ctx context.Context) error { _, err := s.Zip(ctx, m, "v1.0.0"); return err },
-		"List":    func(ctx context.Context) error { _, err := s.List(ctx, m); return err },
-		"Catalog": func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 1); return err },
-		"Delete":  func(ctx context.Context) error { return s.Delete(ctx, m, "v1.0.0") },
-		"Repair":  func(ctx context.Context) error { _, err := s.Repair(ctx, m, "v1.0.0"); return err },
-		"Check":   func(ctx context.Context) error { return s.Check(ctx) },
-		"Scan": func(ctx context.Context) error {
-			for _, err := range s.Scan(ctx, m) {
-				return err
-			}
-			return nil
-		},
-	}
-}
-
 // The error of a call that reads says which call of what version it was, and what
 // went wrong.
 func TestReadErrors(t *testing.T) {
@@ -159,7 +137,7 @@ func TestReadErrors(t *testing.T) {
 	} {
 		run(t, op, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
 			storeVersion(f, "m", "v1.0.0")
-			call := eachCall(s, "m")[op]
+			call := callsOn(s, ModuleVersion{"m", "v1.0.0"})[op]
 			fails := func(ctx context.Context, kind int) error {
 				err := call(ctx)
 				requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
@@ -189,7 +167,7 @@ func TestAnswersOverBoth(t *testing.T) {
 		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
 			storeVersion(f, "m", "v1.0.0")
 			f.fault(fault, func(*fakegcs.Request) bool { return true })
-			for op, call := range eachCall(s, "m") {
+			for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
 				err := call(t.Context())
 				require.Error(t, err, op)
 				require.Equal(t, kind, Kind(err), "%s: %v", op, err)
@@ -231,7 +209,7 @@ func TestContextEndsOverBoth(t *testing.T) {
 	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
 		f.fault(fakegcs.Hung, func(*fakegcs.Request) bool { return true })
-		for op, call := range eachCall(s, "m") {
+		for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Minute, cancel)
 			err := call(ctx)

@@ -66,6 +66,12 @@ func (c content) saveSlowly(ctx context.Context, s *Storage, takes time.Duration
 	return c.saveFrom(ctx, s, io.MultiReader(sleepReader(takes), bytes.NewReader(c.zip)))
 }
 
+// saveAs saves as another version than most tests do.
+func (c content) saveAs(ctx context.Context, s *Storage, v ModuleVersion) error {
+	sum := md5.Sum(c.zip)
+	return s.Save(ctx, v.Module, v.Version, c.mod, bytes.NewReader(c.zip), sum[:], c.info)
+}
+
 func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error {
 	sum := md5.Sum(c.zip)
 	return s.Save(ctx, testModule, testVersion, c.mod, zip, sum[:], c.info)

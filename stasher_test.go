@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/md5"
 	"errors"
 	"fmt"
 	"io"
@@ -103,9 +102,7 @@ func (o *origin) total() int {
 }
 
 func stashSave(ctx context.Context, s *Storage, module, vers string) error {
-	c := contentOf(vers, 100)
-	sum := md5.Sum(c.zip)
-	return s.Save(ctx, module, vers, c.mod, bytes.NewReader(c.zip), sum[:], c.info)
+	return contentOf(vers, 100).saveAs(ctx, s, ModuleVersion{module, vers})
 }
 
 // athensLike is an error of Athens, which says its kind, and wraps its cause.
