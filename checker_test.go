@@ -74,68 +74,91 @@ var saveIDCases = []struct {
 	{".zip without id", "a", "a", "", false},
 }
 
-// Every state that a version can be in: what Exists says of it, what it costs,
-// and what it changes; and that List and Catalog say the same.
-func TestExistsStates(t *testing.T) {
-	const vers = "v1.0.0"
-	for _, ids := range saveIDCases {
-		run(t, ids.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-			var want []ModuleVersion
-			for i, marker := range markerCases(time.Now()) {
-				for subset := range 8 {
-					name := fmt.Sprintf("%s, subset %03b", marker.name, subset)
-					// The first to see an unfinished version finishes it, so
-					// each method has one of its own.
-					for _, method := range []string{"exists", "list", "catalog"} {
-						v := ModuleVersion{fmt.Sprintf("%s/%d/%d", method, i, subset), vers}
-						metadata := map[string]map[string]string{
-							extInfo: {keySaveID: ids.info},
-							extMod:  {keySaveID: ids.mod},
-							extZip:  {keySaveID: ids.zip},
-						}
-						maps.DeleteFunc(marker.metadata, func(k, _ string) bool { return k == keySaveID })
-						maps.Copy(metadata[extMod], marker.metadata)
-						for bit, ext := range []string{extInfo, extMod, extZip} {
-							maps.DeleteFunc(metadata[ext], func(k, v string) bool { return k == keySaveID && v == "" })
-							if subset&(1<<bit) != 0 {
-								f.PutAt(v.object(ext), nil, metadata[ext], time.Now().Add(marker.updated))
-							}
-						}
+// meaning is what a version is of which those objects are there: .info, .mod and .zip,
+// from the lowest bit. Its .mod, if it is there, has a marker or not, which is fresh or
+// not. One says that one save wrote all three, or that the .mod does not tell.
+func meaning(subset byte, marked, fresh, one bool) State {
+	switch whole := subset == 7; {
+	case subset == 0:
+		return Absent
+	case whole && !marked:
+		return Complete
+	case subset&2 == 0 || !marked:
+		return Partial
+	case fresh:
+		return InProgress
+	case whole && one:
+		return Unfinished
+	}
+	return Abandoned
+}
 
-						finished := subset == 7 && marker.marked && !marker.fresh && ids.one
-						exists := finished || subset == 7 && !marker.marked
-						switch method {
-						case "exists":
-							before := described(f, v.object(extMod))
-							f.ResetLog()
-							got, err := s.Exists(t.Context(), v.Module, vers)
-							require.NoError(t, err, name)
-							require.Equal(t, exists, got, name)
-							after := described(f, v.object(extMod))
-							if finished {
-								require.Equal(t, []string{"list", "patch"}, logged(f), name)
-								require.Equal(t, before.Generation, after.Generation, name)
-								require.Empty(t, after.Metadata, name)
-							} else {
-								require.Equal(t, []string{"list"}, logged(f), name)
-								require.Equal(t, before, after, name)
-							}
-						case "list":
-							got, err := s.List(t.Context(), v.Module)
-							require.NoError(t, err, name)
-							require.Equal(t, exists, slices.Contains(got, vers), name)
-						}
-						if exists {
-							want = append(want, ModuleVersion{v.Module, vers})
-						}
-					}
-				}
+// snapshotOf is a version of which those objects are there, with the ids of their saves.
+func snapshotOf(subset byte, updated time.Time, infoID, modID, zipID string) (seen snapshot) {
+	for i, id := range []string{infoID, modID, zipID} {
+		if subset&(1<<i) != 0 {
+			attrs := &storage.ObjectAttrs{Created: updated, Updated: updated, Metadata: map[string]string{}}
+			if id != "" {
+				attrs.Metadata[keySaveID] = id
 			}
-			got, token, err := s.Catalog(t.Context(), "", 10_000)
-			require.NoError(t, err)
-			require.Empty(t, token)
-			require.ElementsMatch(t, want, got)
-		})
+			*seen.slot([]string{extInfo, extMod, extZip}[i]) = attrs
+		}
+	}
+	return seen
+}
+
+// Every state that a version can be in.
+func TestStates(t *testing.T) {
+	now := time.Now()
+	for _, ids := range saveIDCases {
+		for _, m := range markerCases(now) {
+			for subset := range byte(8) {
+				seen := snapshotOf(subset, now.Add(m.updated), ids.info, ids.mod, ids.zip)
+				if delete(m.metadata, keySaveID); seen.mod != nil {
+					maps.Copy(seen.mod.Metadata, m.metadata)
+				}
+				want := meaning(subset, m.marked, m.fresh, ids.one)
+				require.Equal(t, want, seen.state(now, DefaultStaleThreshold), "%s, %s, subset %03b", ids.name, m.name, subset)
+			}
+		}
+	}
+}
+
+// What Exists, List and Catalog say of each state, what it costs, and what it changes.
+func TestExistsStates(t *testing.T) {
+	for i := range stateCases() {
+		for _, op := range []string{"Exists", "List", "Catalog"} {
+			run(t, op+" "+stateCases()[i].name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+				c := stateCases()[i]
+				c.put(f, testVersionName)
+				want := f.Objects()
+				var ok bool
+				var err error
+				switch op {
+				case "Exists":
+					ok, err = s.Exists(t.Context(), testModule, testVersion)
+				case "List":
+					var list []string
+					list, err = s.List(t.Context(), testModule)
+					ok = slices.Equal(list, []string{testVersion})
+				case "Catalog":
+					ok = slices.Equal(catalogOf(t, s, 0), []ModuleVersion{testVersionName})
+				}
+				require.NoError(t, err)
+				require.Equal(t, c.repaired == Complete, ok)
+				requests := []string{"list"}
+				if c.state == Unfinished {
+					mod := f.Get(objectName(extMod))
+					require.Empty(t, mod.Metadata)
+					require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
+					want[objectName(extMod)], requests = mod, []string{"list", "patch"}
+				} else if c.name == "copied" {
+					requests = []string{"list", "list"}
+				}
+				require.Equal(t, want, f.Objects())
+				require.Equal(t, requests, logged(f))
+			})
+		}
 	}
 }
 
@@ -339,36 +362,14 @@ func FuzzState(f *testing.F) {
 	f.Add(uint8(7), true, "", int64(ago), "a", "", "b")
 	f.Add(uint8(7), true, "", int64(ago), "a", "a", "b")
 	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated int64, infoID, modID, zipID string) {
-		object := func(i int, id string) *storage.ObjectAttrs {
-			if subset&(1<<i) == 0 {
-				return nil
-			}
-			attrs := &storage.ObjectAttrs{Updated: now.Add(time.Duration(updated)), Metadata: map[string]string{}}
-			if id != "" {
-				attrs.Metadata[keySaveID] = id
-			}
-			return attrs
-		}
-		seen := snapshot{info: object(0, infoID), mod: object(1, modID), zip: object(2, zipID)}
+		seen := snapshotOf(subset&7, now.Add(time.Duration(updated)), infoID, modID, zipID)
 		if isMarked && seen.mod != nil {
 			seen.mod.Metadata[keyInProgress] = value
 		}
 		got := seen.state(now, DefaultStaleThreshold)
-		whole := seen.info != nil && seen.mod != nil && seen.zip != nil
-		isMarked = isMarked && seen.mod != nil && value != ""
-		var allowed []State
-		switch {
-		case seen.empty():
-			allowed = []State{Absent}
-		case !isMarked && whole:
-			allowed = []State{Complete}
-		case !isMarked:
-			allowed = []State{Partial}
-		case whole && (modID == "" || infoID == modID && zipID == modID):
-			allowed = []State{InProgress, Unfinished}
-		default:
-			allowed = []State{InProgress, Abandoned}
-		}
+		one := modID == "" || infoID == modID && zipID == modID
+		isMarked = isMarked && value != ""
+		allowed := []State{meaning(subset&7, isMarked, true, one), meaning(subset&7, isMarked, false, one)}
 		if !slices.Contains(allowed, got) {
 			t.Errorf("%v, not one of %v", got, allowed)
 		}

@@ -591,28 +591,6 @@ func markedAt(at time.Time, id string) map[string]string {
 	return m
 }
 
-// leaves is what a version is of which those objects are there: while a fresh marker
-// is fresh, and afterwards.
-func (m markerKind) leaves(exts []string) (state, isStale State) {
-	whole := len(exts) == 3
-	switch {
-	case len(exts) == 0:
-		return Absent, Absent
-	case whole && m.state == Complete:
-		return Complete, Complete
-	case m.state == Complete || exts[0] != "mod":
-		return Partial, Partial
-	}
-	state, isStale = Abandoned, Abandoned
-	if whole && m.oneSave {
-		state, isStale = Unfinished, Unfinished
-	}
-	if m.state == InProgress {
-		state = InProgress
-	}
-	return state, isStale
-}
-
 // leave puts every subset of the three objects there, with every kind of marker.
 func (b *bench) leave(t *testing.T) (left []leftover) {
 	t.Helper()
@@ -625,7 +603,12 @@ func (b *bench) leave(t *testing.T) (left []leftover) {
 	for i, m := range markers {
 		for j, exts := range subsets {
 			l := leftover{vers: fmt.Sprintf("v1.%d.%d", i, j), kind: m.kind, exts: exts}
-			l.state, l.isStale = m.leaves(exts)
+			subset := byte(0)
+			for _, ext := range exts {
+				subset |= map[string]byte{"info": 1, "mod": 2, "zip": 4}[ext]
+			}
+			l.state = meaning(subset, m.state != Complete, m.state == InProgress, m.oneSave)
+			l.isStale = meaning(subset, m.state != Complete, false, m.oneSave)
 			left = append(left, l)
 			g.Go(func() error { return b.leaveOne(b.ctx, l, m) })
 		}

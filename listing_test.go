@@ -70,27 +70,25 @@ func TestSmearedListing(t *testing.T) {
 		for call, told := range sc.told {
 			for picks := range 3 * 2 * 2 * 2 {
 				pick := map[string]int{"." + extMod: picks % 3, "." + extInfo: picks / 3 % 2, "." + extZip: picks / 6 % 2}
-				t.Run(fmt.Sprintf("%s/%s/%d", scene, call, picks), func(t *testing.T) {
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						if picks >= 12 {
-							f.SetPages(2, 0)
-						}
-						mark := map[string]string{}
-						if len(sc.found) < 3 {
-							mark = marked(givenUp, "old")
-						}
-						leave(f, mark, sc.found...)
-						f.SmearListings(func(_ *fakegcs.Request, name string, states int) int { return min(pick[path.Ext(name)], states-1) })
-						var after map[string]*fakegcs.Object
-						f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "list" }, func() {
-							sc.during(f)
-							after = f.Objects()
-						})
-						got, err := calls[call](within(t, time.Second), f.storage("a"))
-						require.NoError(t, err)
-						require.Contains(t, told, got)
-						require.Equal(t, after, f.Objects())
+				run(t, fmt.Sprintf("%s/%s/%d", scene, call, picks), inCrowd, func(t *testing.T, f *fakeGCS) {
+					if picks >= 12 {
+						f.SetPages(2, 0)
+					}
+					mark := map[string]string{}
+					if len(sc.found) < 3 {
+						mark = marked(givenUp, "old")
+					}
+					leave(f, mark, sc.found...)
+					f.SmearListings(func(_ *fakegcs.Request, name string, states int) int { return min(pick[path.Ext(name)], states-1) })
+					var after map[string]*fakegcs.Object
+					f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "list" }, func() {
+						sc.during(f)
+						after = f.Objects()
 					})
+					got, err := calls[call](within(t, time.Second), f.storage("a"))
+					require.NoError(t, err)
+					require.Contains(t, told, got)
+					require.Equal(t, after, f.Objects())
 				})
 			}
 		}

@@ -351,19 +351,7 @@ func putBits(f *fakeGCS, v ModuleVersion, bits byte) State {
 			f.Put(v.object(ext), nil, others)
 		}
 	}
-	switch whole := bits&7 == 7; {
-	case bits&7 == 0:
-		return Absent
-	case has(1) && marker == 1:
-		return InProgress
-	case has(1) && marker == 2 && whole && names < 2:
-		return Unfinished
-	case has(1) && marker == 2:
-		return Abandoned
-	case whole:
-		return Complete
-	}
-	return Partial
+	return meaning(bits&7, marker == 1 || marker == 2, marker == 1, names < 2)
 }
 
 // A status is readable as JSON.
