@@ -48,7 +48,7 @@ Examples:
 // A loaded is what became of a version of a source.
 type loaded struct {
 	gcs.ModuleVersion
-	File    string  `json:"file,omitempty"` // if there is no version
+	File    string  `json:"file,omitempty"` // its zip in a folder, or what is no version
 	Outcome outcome `json:"outcome"`
 	Reason  string  `json:"reason,omitempty"`
 }
