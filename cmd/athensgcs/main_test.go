@@ -90,14 +90,18 @@ func TestRepairTwice(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for args, want := range map[string]string{
-		"help": "Exit status:", "-h": "Exit status:", "--help": "Exit status:",
-		"check -h": "athensgcs check -bucket", "repair -help": "-dry-run", "verify -h": "-sumdb",
-	} {
+	for args, want := range map[string]string{"help": "Exit status:", "-h": "Exit status:", "--help": "Exit status:", "repair -help": "-dry-run", "verify -h": "-sumdb"} {
 		var stdout, stderr bytes.Buffer
 		assert.Equal(t, statusOK, run(t.Context(), strings.Fields(args), &stdout, &stderr), args)
 		assert.Contains(t, stdout.String(), want, args)
 		assert.Empty(t, stderr.String(), args)
+	}
+	for _, c := range commands {
+		var stdout bytes.Buffer
+		assert.Equal(t, statusOK, run(t.Context(), []string{c.name, "-h"}, &stdout, io.Discard))
+		for _, want := range []string{"Usage: athensgcs " + c.name, "Exit status", "With -json, ", "Examples:\n    athensgcs " + c.name + " -bucket "} {
+			assert.Contains(t, stdout.String(), want)
+		}
 	}
 }
 
