@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -66,6 +67,8 @@ func TestBomb(t *testing.T) {
 	var stderr bytes.Buffer
 	assert.Equal(t, statusFailed, b.start(ctx, io.Discard, &stderr, "verify"))
 	assert.Less(t, time.Since(interrupted), time.Second)
+	stacks := make([]byte, 1<<20)
+	assert.NotContains(t, string(stacks[:runtime.Stack(stacks, true)]), "checkZipFile", "it hashes still")
 	assertLine(t, stderr.String(), "interrupted")
 	assertNoFiles(t)
 }
