@@ -3,6 +3,7 @@ package gcs
 import (
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"slices"
 	"testing"
@@ -373,5 +374,49 @@ func FuzzState(f *testing.F) {
 		if !slices.Contains(allowed, got) {
 			t.Errorf("%v, not one of %v", got, allowed)
 		}
+	})
+}
+
+// A .mod of an older Athens says nothing of its save, but .info and .zip beside it do
+// if they name another .mod.
+func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
+		// A delete that was cut short.
+		f.Remove(objectName(extMod))
+		// An older Athens began a save there and died.
+		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
+		time.Sleep(time.Hour)
+		requireExists(t, f.storage("b"), testVersion, false)
+	})
+}
+
+// A marker is from the future if it is more than the threshold ahead, and fresh if
+// it is less than that away. At the threshold it is neither.
+func TestMarkerAtTheThreshold(t *testing.T) {
+	now := time.Now()
+	const threshold = time.Minute
+	for ahead, fresh := range map[time.Duration]bool{
+		threshold - 1: true,
+		threshold:     false,
+		threshold + 1: true, // by the clock of GCS
+	} {
+		require.Equal(t, fresh, marker{now.Add(ahead), now}.isFresh(now, threshold), ahead)
+	}
+	require.False(t, marker{now.Add(-threshold), now}.isFresh(now, threshold))
+}
+
+// A marker that was given up holds up nobody, whatever the threshold and the clock.
+func TestGivenUpIsNeverFresh(t *testing.T) {
+	forNamed(t, inCrowd, map[string]func(*Storage){
+		"endless threshold": func(s *Storage) { s.SetStaleThreshold(math.MaxInt64) },
+		"clock of 1970":     func(s *Storage) { s.now = func() time.Time { return givenUp.Add(time.Minute) } },
+	}, func(t *testing.T, f *fakeGCS, set func(*Storage)) {
+		f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
+		time.Sleep(time.Second)
+		a, s := contentOf("a", 100), f.storage("a")
+		set(s)
+		require.NoError(t, a.save(within(t, time.Second), s))
+		requireStored(t, f, a)
 	})
 }

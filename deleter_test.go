@@ -270,3 +270,35 @@ func TestDeleteContext(t *testing.T) {
 		require.NotContains(t, logged(f)[1:], "list")
 	})
 }
+
+// A save ends while a delete is between its listing and its first removal. The delete
+// removes all of it.
+func TestDeleteOfCommitted(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		listed, saved := make(chan struct{}), make(chan struct{})
+		f.before(on("a", "insert", extInfo), func() { <-listed })
+		f.before(on("a", "insert", extZip), func() { <-listed })
+		f.before(on("d", "delete", extMod), func() { <-saved })
+		f.after(first(1, on("d", "list", "")), func() { close(listed) })
+		var group sync.WaitGroup
+		group.Go(func() {
+			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
+			close(saved)
+		})
+		time.Sleep(time.Second)
+		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
+		group.Wait()
+		require.Empty(t, f.Names())
+	})
+}
+
+// Delete and Repair give up, too, when the .mod is another each time.
+func TestDeleteRefusedAgainAndAgain(t *testing.T) {
+	forEach(t, inCrowd, []string{"Delete", "Repair"}, func(t *testing.T, f *fakeGCS, call string) {
+		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
+		f.before(first(1000, on("", "delete", "")), func() { f.Put(objectName(extMod), nil, marked(givenUp, "other")) })
+		err := everyCall(f.storage("a"))[call](t.Context())
+		require.True(t, isPreconditionFailed(err), "%v", err)
+		require.Less(t, len(f.Log()), 100)
+	})
+}

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/url"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -18,6 +20,8 @@ import (
 	"google.golang.org/api/googleapi"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // fail returns the error of a call that failed with that cause; nil stays nil.
@@ -193,4 +197,90 @@ func TestNeeds(t *testing.T) {
 	} {
 		require.Equal(t, err, withPermission(err, "storage.objects.update"))
 	}
+}
+
+func TestErrorIs(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		s, a := f.storage("a"), contentOf("a", 100)
+		_, err := s.Info(t.Context(), testModule, testVersion)
+		require.ErrorIs(t, err, fs.ErrNotExist)
+		require.NotErrorIs(t, err, fs.ErrExist)
+		require.ErrorIs(t, err, storage.ErrObjectNotExist)
+		require.ErrorIs(t, s.Delete(t.Context(), testModule, testVersion), fs.ErrNotExist)
+		require.NoError(t, a.save(t.Context(), s))
+		err = a.save(t.Context(), s)
+		require.ErrorIs(t, err, fs.ErrExist)
+		require.NotErrorIs(t, err, fs.ErrNotExist)
+		_, err = s.Info(t.Context(), "", testVersion)
+		require.NotErrorIs(t, err, fs.ErrNotExist)
+		require.NotErrorIs(t, err, fs.ErrExist)
+	})
+}
+
+// A foreignError is an error of another package that wraps one of this.
+type foreignError struct{ error }
+
+func (e foreignError) Unwrap() error { return e.error }
+
+// Every error passes through WithErrors, once. Nil does not.
+func TestWithErrors(t *testing.T) {
+	wrapped := 0
+	make := func(f *fakeGCS) *Storage {
+		wrapped = 0
+		return f.storage("m", WithErrors(func(e *Error) error {
+			wrapped++
+			require.NotNil(t, e)
+			require.Error(t, e.Err)
+			return foreignError{e}
+		}))
+	}
+	forEveryCall(t, make, func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		err := call(ctx)
+		require.IsType(t, foreignError{}, err)
+		require.ErrorIs(t, err, context.Canceled)
+		require.Equal(t, KindUnexpected, Kind(err))
+		require.Equal(t, 1, wrapped)
+		synctest.Wait() // of a flight that goes on
+
+		if name != "Save" {
+			storeVersion(f, testModule, testVersion)
+		}
+		require.NoError(t, call(t.Context()))
+		require.Equal(t, 1, wrapped)
+	})
+}
+
+// So does an error in the middle of a stream, or of a scan.
+func TestWithErrorsOfStreams(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		s := f.storage("m", WithErrors(func(e *Error) error { return foreignError{e} }))
+		storeVersion(f, testModule, testVersion)
+		gets := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op != "get" {
+				return fakegcs.TooMany
+			}
+			if gets++; gets == 1 {
+				return fakegcs.LostBody
+			}
+			return fakegcs.Hung
+		})
+		zip, err := s.Zip(within(t, time.Minute), testModule, testVersion)
+		require.NoError(t, err)
+		_, err = io.ReadAll(zip)
+		require.IsType(t, foreignError{}, err)
+		requireKind(t, err, KindGatewayTimeout)
+		require.IsType(t, foreignError{}, zip.Close())
+
+		yielded := 0
+		for status, err := range s.Scan(t.Context(), "") {
+			yielded++
+			require.Zero(t, status)
+			require.IsType(t, foreignError{}, err)
+			require.Equal(t, KindRateLimit, Kind(err))
+		}
+		require.Equal(t, 1, yielded)
+	})
 }

@@ -220,3 +220,24 @@ func TestReadMissingBucket(t *testing.T) {
 		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})
 }
+
+// A zip stream that breaks is asked for again for some minutes, and not for ever.
+func TestZipBreaksWithoutEnd(t *testing.T) {
+	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Unavailable, fakegcs.Hung}, func(t *testing.T, f *fakeGCS, then fakegcs.Fault) {
+		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.N == 0 {
+				return fakegcs.LostBody
+			}
+			return then
+		})
+		r, err := f.storage("a").Zip(within(t, 24*time.Hour), testModule, testVersion)
+		require.NoError(t, err)
+		time.Sleep(time.Hour) // who reads may take his time
+		start := time.Now()
+		_, err = io.ReadAll(r)
+		requireError(t, err, KindUnexpected, "gcs.Zip", testModule, testVersion)
+		r.Close()
+		require.Less(t, time.Since(start), 2*retryLimit)
+	})
+}

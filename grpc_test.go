@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
@@ -238,4 +240,30 @@ func TestBrokenZipOverBoth(t *testing.T) {
 			require.True(t, f.Get(objectName(extZip)) == nil, "a part is there")
 		}
 	})
+}
+
+// A gRPC server that answers DEADLINE_EXCEEDED at once is asked again after a pause.
+func TestDeadlineExceededAtOnce(t *testing.T) {
+	withStorage(t, func(t *testing.T, _ *fakeGCS, s *Storage) {
+		calls := 0
+		start := time.Now()
+		_ = s.bucket.do(t.Context(), requestTimeout, func(ctx context.Context) error {
+			if calls++; calls == 200 {
+				return nil
+			}
+			return status.Error(codes.DeadlineExceeded, "the backend took too long")
+		})
+		require.Less(t, calls, 200, "%d requests in %v", calls, time.Since(start))
+	})
+}
+
+// An answer that comes together with the deadline is no reason to hide it.
+func TestAnswerAtTheDeadline(t *testing.T) {
+	for range 30 {
+		inCrowd(t, func(t *testing.T, f *fakeGCS) {
+			f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return true })
+			_, err := f.storage("m").Exists(within(t, 20*time.Millisecond), testModule, testVersion)
+			requireKind(t, err, KindGatewayTimeout)
+		})
+	}
 }

@@ -414,3 +414,82 @@ func inVirtualTime(b *testing.B, run func(t *testing.T, f *fakeGCS) traffic) tra
 	}
 	return counted
 }
+
+// everyCall calls everything that can fail, of which each wants the version to
+// exist or not.
+func everyCall(s *Storage) map[string]func(ctx context.Context) error {
+	return callsOn(s, testVersionName)
+}
+
+// callsOn is everyCall for that version.
+func callsOn(s *Storage, v ModuleVersion) map[string]func(ctx context.Context) error {
+	read := func(op string) func(ctx context.Context) error {
+		return func(ctx context.Context) error { _, err := readers[op](ctx, s, v.Module, v.Version); return err }
+	}
+	scan := func(module string) func(ctx context.Context) error {
+		return func(ctx context.Context) (err error) {
+			for _, err = range s.Scan(ctx, module) {
+			}
+			return err
+		}
+	}
+	return map[string]func(ctx context.Context) error{
+		"Save": func(ctx context.Context) error { return contentOf("a", 100).saveAs(ctx, s, v) },
+		"Exists": func(ctx context.Context) error {
+			ok, err := s.Exists(ctx, v.Module, v.Version)
+			if ok && err != nil {
+				panic("a version exists in spite of an error")
+			}
+			return err
+		},
+		"Info":     read("Info"),
+		"GoMod":    read("GoMod"),
+		"Zip":      read("Zip"),
+		"List":     func(ctx context.Context) error { _, err := s.List(ctx, v.Module); return err },
+		"Delete":   func(ctx context.Context) error { return s.Delete(ctx, v.Module, v.Version) },
+		"Catalog":  func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 0); return err },
+		"Scan":     scan(v.Module),
+		"Scan all": scan(""),
+		"Repair":   func(ctx context.Context) error { _, err := s.Repair(ctx, v.Module, v.Version); return err },
+		"Check":    s.Check,
+		"Stash": func(ctx context.Context) error {
+			_, err := s.SingleFlight(answering(v.Version, nil)).Stash(ctx, v.Module, v.Version)
+			return err
+		},
+	}
+}
+
+// forEveryCall runs a test for each call, of a Storage on a bucket of its own.
+func forEveryCall(t *testing.T, make func(f *fakeGCS) *Storage, test func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error)) {
+	for name := range everyCall(nil) {
+		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
+			test(t, f, name, everyCall(make(f))[name])
+		})
+	}
+}
+
+// readFunc is a reader.
+type readFunc func([]byte) (int, error)
+
+func (read readFunc) Read(p []byte) (int, error) { return read(p) }
+
+// ahead returns a Storage whose clock is an hour ahead.
+func ahead(f *fakeGCS, machine string) *Storage {
+	s := f.storage(machine)
+	s.now = func() time.Time { return time.Now().Add(time.Hour) }
+	return s
+}
+
+// requireSavableAtOnce is requireSavable by a save that does not wait.
+func requireSavableAtOnce(t *testing.T, f *fakeGCS) {
+	t.Helper()
+	f.onRequest(nil)
+	start := time.Now()
+	requireSavable(t, f)
+	require.Less(t, time.Since(start), time.Second)
+}
+
+// givesUp reports whether a request writes the marker of a save that has failed.
+func givesUp(r *fakegcs.Request) bool {
+	return r.Metadata[keyInProgress] == givenUp.Format(time.RFC3339Nano)
+}

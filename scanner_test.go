@@ -367,3 +367,15 @@ func TestVersionStatusJSON(t *testing.T) {
 	require.Equal(t, "State(6)", (Complete + 1).String())
 	require.Equal(t, "State(-1)", State(-1).String())
 }
+
+// A version that is deleted between its page and the look at it is not yielded.
+func TestScanOfDeleted(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeFiles(f, testModule, testVersion, extInfo)
+		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
+		for status, err := range s.Scan(t.Context(), testModule) {
+			require.NoError(t, err)
+			t.Errorf("%+v", status)
+		}
+	})
+}

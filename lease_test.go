@@ -4,11 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
-	"math"
-	"net/http"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,35 +13,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
-
-// Each of these is a schedule in which a save once went wrong, or a rule of a save
-// that no other test needs.
-
-// ahead returns a Storage whose clock is an hour ahead.
-func ahead(f *fakeGCS, machine string) *Storage {
-	s := f.storage(machine)
-	s.now = func() time.Time { return time.Now().Add(time.Hour) }
-	return s
-}
-
-// requireSavableAtOnce is requireSavable by a save that does not wait.
-func requireSavableAtOnce(t *testing.T, f *fakeGCS) {
-	t.Helper()
-	f.onRequest(nil)
-	start := time.Now()
-	requireSavable(t, f)
-	require.Less(t, time.Since(start), time.Second)
-}
-
-// givesUp reports whether a request writes the marker of a save that has failed.
-func givesUp(r *fakegcs.Request) bool {
-	return r.Metadata[keyInProgress] == givenUp.Format(time.RFC3339Nano)
-}
 
 // An object that refused an upload, and is gone when the save looks, has changed:
 // the upload is made again.
@@ -80,92 +51,6 @@ func TestSaveBesideDelete(t *testing.T) {
 		group.Wait()
 		requireStored(t, f, a)
 		<-refused // or the schedule was another
-	})
-}
-
-// reseeking reads other bytes of the same length after each Seek to the start.
-type reseeking struct {
-	*bytes.Reader
-	other []byte
-}
-
-func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
-	if whence == io.SeekStart {
-		r.Reader = bytes.NewReader(r.other)
-	}
-	return r.Reader.Seek(offset, whence)
-}
-
-// The first pass over a zip arrives while the second is under way. It is whole, so
-// the save is done with it, and does not write over it: somebody may have finished
-// the version.
-func TestOwnZipIsNotReplaced(t *testing.T) {
-	type testCase struct{ refused, finished bool }
-	forNamed(t, inCrowd, map[string]testCase{
-		"start refused, finished": {true, true},
-		"hung, finished":          {false, true},
-		"start refused":           {true, false},
-		"hung":                    {false, false},
-	}, func(t *testing.T, f *fakeGCS, c testCase) {
-		a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
-		var generation int64
-		arrive := func() {
-			f.Land()
-			generation = f.Get(objectName(extZip)).Generation
-			if c.finished {
-				requireExists(t, ahead(f, "e"), testVersion, true)
-			}
-		}
-		starts, chunks := 0, 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine != "a" || r.Object != objectName(extZip) {
-				return fakegcs.NoFault
-			}
-			switch r.Op {
-			case "start":
-				starts, chunks = starts+1, 0
-				if c.refused && starts == 2 {
-					arrive()
-					return fakegcs.PreconditionFailed
-				}
-			case "chunk", "query":
-				switch chunks++; {
-				case starts == 1 && chunks == 3:
-					return fakegcs.Stray
-				case starts == 2 && chunks == 2:
-					arrive()
-					return fakegcs.Hung
-				case chunks > 2:
-					return fakegcs.Hung
-				}
-			}
-			return fakegcs.NoFault
-		})
-		s := f.storage("a", WithChunkSize(faultChunk))
-		zip := &reseeking{bytes.NewReader(a.zip), other.zip}
-		require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
-		require.Equal(t, 2, starts)
-		requireStored(t, f, a)
-		require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
-	})
-}
-
-// An object of this save that is not whole is left as it is, whatever the reason,
-// and the version is given up.
-func TestOwnObjectCutShort(t *testing.T) {
-	forEach(t, inCrowd, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == objectName(ext) {
-				f.Put(objectName(ext), []byte("half"), r.Metadata)
-				return fakegcs.PreconditionFailed
-			}
-			return fakegcs.NoFault
-		})
-		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, errCutShort)
-		require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
-		requireSavableAtOnce(t, f)
 	})
 }
 
@@ -231,65 +116,6 @@ func TestLateCreateOfFailedClaim(t *testing.T) {
 		requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion)
 		require.Less(t, time.Since(start), time.Second)
 	})
-}
-
-// pausing takes two minutes for the first byte after each Seek.
-type pausing struct {
-	*bytes.Reader
-	pause time.Duration
-}
-
-func (p *pausing) Seek(offset int64, whence int) (int64, error) {
-	p.pause = 2 * time.Minute
-	return p.Reader.Seek(offset, whence)
-}
-
-func (p *pausing) Read(b []byte) (int, error) {
-	time.Sleep(p.pause)
-	p.pause = 0
-	return p.Reader.Read(b)
-}
-
-// A reader that is slow when a zip is sent for the second time is no hang.
-func TestSlowReaderOfSecondPass(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 3*faultChunk-1)
-		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
-		zip := &pausing{Reader: bytes.NewReader(a.zip)}
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
-		require.Equal(t, 2, f.count(on("", "start", "")))
-		requireStored(t, f, a)
-	})
-}
-
-// A marker that was given up holds up nobody, whatever the threshold and the clock.
-func TestGivenUpIsNeverFresh(t *testing.T) {
-	forNamed(t, inCrowd, map[string]func(*Storage){
-		"endless threshold": func(s *Storage) { s.SetStaleThreshold(math.MaxInt64) },
-		"clock of 1970":     func(s *Storage) { s.now = func() time.Time { return givenUp.Add(time.Minute) } },
-	}, func(t *testing.T, f *fakeGCS, set func(*Storage)) {
-		f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
-		time.Sleep(time.Second)
-		a, s := contentOf("a", 100), f.storage("a")
-		set(s)
-		require.NoError(t, a.save(within(t, time.Second), s))
-		requireStored(t, f, a)
-	})
-}
-
-// A marker is from the future if it is more than the threshold ahead, and fresh if
-// it is less than that away. At the threshold it is neither.
-func TestMarkerAtTheThreshold(t *testing.T) {
-	now := time.Now()
-	const threshold = time.Minute
-	for ahead, fresh := range map[time.Duration]bool{
-		threshold - 1: true,
-		threshold:     false,
-		threshold + 1: true, // by the clock of GCS
-	} {
-		require.Equal(t, fresh, marker{now.Add(ahead), now}.isFresh(now, threshold), ahead)
-	}
-	require.False(t, marker{now.Add(-threshold), now}.isFresh(now, threshold))
 }
 
 // A renewal that failed may have been applied, and just now. The commit keeps its
@@ -487,66 +313,6 @@ func TestFencedTakesOverFromFailed(t *testing.T) {
 	})
 }
 
-// A gRPC server that answers DEADLINE_EXCEEDED at once is asked again after a pause.
-func TestDeadlineExceededAtOnce(t *testing.T) {
-	withStorage(t, func(t *testing.T, _ *fakeGCS, s *Storage) {
-		calls := 0
-		start := time.Now()
-		_ = s.bucket.do(t.Context(), requestTimeout, func(ctx context.Context) error {
-			if calls++; calls == 200 {
-				return nil
-			}
-			return status.Error(codes.DeadlineExceeded, "the backend took too long")
-		})
-		require.Less(t, calls, 200, "%d requests in %v", calls, time.Since(start))
-	})
-}
-
-// An answer that comes together with the deadline is no reason to hide it.
-func TestAnswerAtTheDeadline(t *testing.T) {
-	for range 30 {
-		inCrowd(t, func(t *testing.T, f *fakeGCS) {
-			f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return true })
-			_, err := f.storage("m").Exists(within(t, 20*time.Millisecond), testModule, testVersion)
-			requireKind(t, err, KindGatewayTimeout)
-		})
-	}
-}
-
-// A version that is deleted between its page and the look at it is not yielded.
-func TestScanOfDeleted(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeFiles(f, testModule, testVersion, extInfo)
-		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
-		for status, err := range s.Scan(t.Context(), testModule) {
-			require.NoError(t, err)
-			t.Errorf("%+v", status)
-		}
-	})
-}
-
-// The session of an upload in chunks can be lost. The upload is made again.
-func TestUploadSessionGone(t *testing.T) {
-	forEach(t, inCrowd, []int{404, 410}, func(t *testing.T, f *fakeGCS, code int) {
-		first := true
-		s := behind(f, func(r *http.Request) *http.Response {
-			if r.URL.Query().Get("upload_id") == "" || !first {
-				return nil
-			}
-			first = false
-			return answer(code, "no such session")
-		})
-		s.bucket.chunkSize = 256 << 10
-		a := contentOf("a", 3<<20)
-		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
-		leave(f, nil, extZip) // and is over the same leftover
-		time.Sleep(time.Second)
-		first = true
-		require.NoError(t, a.save(t.Context(), s))
-		requireStored(t, f, a)
-	})
-}
-
 // A create that is forbidden leaves nothing that could arrive later.
 func TestSaveForbidden(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
@@ -557,27 +323,6 @@ func TestSaveForbidden(t *testing.T) {
 		require.Empty(t, l.lines(slog.LevelWarn))
 		require.Empty(t, f.Names())
 		require.Len(t, f.Log(), 2, "the create and the listing")
-	})
-}
-
-// A zip stream that breaks is asked for again for some minutes, and not for ever.
-func TestZipBreaksWithoutEnd(t *testing.T) {
-	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Unavailable, fakegcs.Hung}, func(t *testing.T, f *fakeGCS, then fakegcs.Fault) {
-		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.N == 0 {
-				return fakegcs.LostBody
-			}
-			return then
-		})
-		r, err := f.storage("a").Zip(within(t, 24*time.Hour), testModule, testVersion)
-		require.NoError(t, err)
-		time.Sleep(time.Hour) // who reads may take his time
-		start := time.Now()
-		_, err = io.ReadAll(r)
-		requireError(t, err, KindUnexpected, "gcs.Zip", testModule, testVersion)
-		r.Close()
-		require.Less(t, time.Since(start), 2*retryLimit)
 	})
 }
 
@@ -615,77 +360,6 @@ func TestRecoveredCreateHealsNothing(t *testing.T) {
 		require.NotContains(t, l.String(), "in progress")
 		require.NotContains(t, l.String(), "healed")
 	})
-}
-
-// A 400 that does not speak of the MD5 is not the fault of the zip.
-func TestSaveBadRequestOfAnotherReason(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s := behind(f, func(r *http.Request) *http.Response {
-			if r.URL.Query().Get("uploadType") != "resumable" {
-				return nil
-			}
-			return answer(http.StatusBadRequest, "Bucket is a requester pays bucket but no user project provided.")
-		})
-		s.bucket.chunkSize = 256 << 10
-		err := contentOf("a", 3<<20).save(t.Context(), s)
-		require.Equal(t, KindUnexpected, Kind(err))
-	})
-}
-
-// A .mod of an older Athens says nothing of its save, but .info and .zip beside it do
-// if they name another .mod.
-func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-		// A delete that was cut short.
-		f.Remove(objectName(extMod))
-		// An older Athens began a save there and died.
-		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
-		time.Sleep(time.Hour)
-		requireExists(t, f.storage("b"), testVersion, false)
-	})
-}
-
-// A save ends while a delete is between its listing and its first removal. The delete
-// removes all of it.
-func TestDeleteOfCommitted(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		listed, saved := make(chan struct{}), make(chan struct{})
-		f.before(on("a", "insert", extInfo), func() { <-listed })
-		f.before(on("a", "insert", extZip), func() { <-listed })
-		f.before(on("d", "delete", extMod), func() { <-saved })
-		f.after(first(1, on("d", "list", "")), func() { close(listed) })
-		var group sync.WaitGroup
-		group.Go(func() {
-			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-			close(saved)
-		})
-		time.Sleep(time.Second)
-		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
-		group.Wait()
-		require.Empty(t, f.Names())
-	})
-}
-
-// A large zip whose upload is limited, or hangs, for good fails after some minutes.
-func TestStreamLimited(t *testing.T) {
-	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
-		for _, op := range []string{"start", "chunk"} {
-			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
-				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
-					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
-					if !seek {
-						zip = plain(zip)
-					}
-					start := time.Now()
-					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
-					requireKind(t, err, kind)
-					require.Less(t, time.Since(start), 2*retryLimit)
-				})
-			}
-		}
-	}
 }
 
 // A renewal that finds the marker cleared does not stop the save: somebody has
@@ -746,44 +420,6 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
-// Delete and Repair give up, too, when the .mod is another each time.
-func TestDeleteRefusedAgainAndAgain(t *testing.T) {
-	forEach(t, inCrowd, []string{"Delete", "Repair"}, func(t *testing.T, f *fakeGCS, call string) {
-		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-		f.before(first(1000, on("", "delete", "")), func() { f.Put(objectName(extMod), nil, marked(givenUp, "other")) })
-		err := everyCall(f.storage("a"))[call](t.Context())
-		require.True(t, isPreconditionFailed(err), "%v", err)
-		require.Less(t, len(f.Log()), 100)
-	})
-}
-
-// The second pass over a zip is whole by its own size, also when the first broke off.
-func TestOwnZipOfSecondPass(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		starts, chunks := 0, 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Op == "start":
-				if starts, chunks = starts+1, 0; starts == 3 {
-					f.Land()
-					return fakegcs.PreconditionFailed
-				}
-			case r.Op == "chunk" || r.Op == "query":
-				if chunks++; starts == 2 && chunks == 3 {
-					return fakegcs.Stray
-				} else if chunks > 1 && starts == 1 || chunks > 3 {
-					return fakegcs.Hung
-				}
-			}
-			return fakegcs.NoFault
-		})
-		a := contentOf("a", 3*faultChunk-1)
-		require.NoError(t, a.save(t.Context(), f.storage("a", WithChunkSize(faultChunk))))
-		require.Equal(t, 3, starts)
-		requireStored(t, f, a)
-	})
-}
-
 // A commit that finds the marker cleared is done: nothing is given up.
 func TestCommitOfFinished(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
@@ -793,44 +429,4 @@ func TestCommitOfFinished(t *testing.T) {
 		require.Len(t, f.Log(), 6, "5, and the .mod is read")
 		requireStored(t, f, a)
 	})
-}
-
-// A line that carries 222 KiB a second is fast enough for chunks of 16 MiB, and one of
-// 24 KiB a second for the smallest.
-func TestSlowLine(t *testing.T) {
-	for _, test := range []struct {
-		chunk, rate int
-		enough      bool
-	}{
-		{defaultChunkSize, 222 << 10, true},
-		{defaultChunkSize, 221 << 10, false},
-		{256 << 10, 24 << 10, true},
-		{256 << 10, 23 << 10, false},
-	} {
-		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
-			m := f.Register("a")
-			m.Connect(thinLine{m, test.rate})
-			a := contentOf("a", test.chunk+100)
-			err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
-			if test.enough {
-				require.NoError(t, err)
-			} else {
-				require.ErrorIs(t, err, errBrokenOff)
-			}
-		})
-	}
-}
-
-// thinLine is a transport that carries so many bytes a second.
-type thinLine struct {
-	next http.RoundTripper
-	rate int
-}
-
-func (l thinLine) RoundTrip(r *http.Request) (*http.Response, error) {
-	if err := sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(l.rate)); err != nil {
-		r.Body.Close()
-		return nil, err
-	}
-	return l.next.RoundTrip(r)
 }

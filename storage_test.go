@@ -10,11 +10,8 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
-	"runtime"
 	"strings"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -22,116 +19,6 @@ import (
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
-
-// What a careless caller does, and what it gets.
-
-// readFunc is a reader.
-type readFunc func([]byte) (int, error)
-
-func (read readFunc) Read(p []byte) (int, error) { return read(p) }
-
-// heads are what a reader gives before it misbehaves: nothing, or what makes it a
-// large zip.
-var heads = map[string]int{"at the start": 0, "in a large zip": 3 << 20}
-
-// behindHead is a reader that gives a head before it calls read.
-func behindHead(size int, read readFunc) io.Reader {
-	return io.MultiReader(bytes.NewReader(make([]byte, size)), read)
-}
-
-// requireNothingRunning checks that no goroutine is in the package's own code.
-func requireNothingRunning(t *testing.T) {
-	t.Helper()
-	synctest.Wait()
-	all := make([]byte, 1<<20)
-	all = all[:runtime.Stack(all, true)]
-	for goroutine := range strings.SplitSeq(string(all), "\n\n") {
-		for _, file := range []string{"/bucket.go:", "/upload.go:", "/source.go:", "/lease.go:", "/saver.go:"} {
-			require.NotContains(t, goroutine, file)
-		}
-	}
-}
-
-func TestSaveLooksAtItsContextBetweenReads(t *testing.T) {
-	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
-		start := time.Now()
-		zip := behindHead(size, func(p []byte) (int, error) {
-			time.Sleep(100 * time.Millisecond)
-			return copy(p, "x"), nil
-		})
-		err := contentOf("a", 0).saveFrom(within(t, 5*time.Second), f.storage("a", WithChunkSize(faultChunk)), zip)
-		requireKind(t, err, KindGatewayTimeout)
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Less(t, time.Since(start), 5500*time.Millisecond)
-		requireNothingRunning(t)
-		requireSavableAtOnce(t, f)
-	})
-}
-
-func TestSaveOfReaderWithoutProgress(t *testing.T) {
-	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
-		zip := behindHead(size, func([]byte) (int, error) { return 0, nil })
-		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), zip)
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, io.ErrNoProgress)
-		requireSavableAtOnce(t, f)
-	})
-}
-
-// A reader that returns nothing now and then makes progress.
-func TestSaveOfHesitantReader(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 1000)
-		zip, reads := bytes.NewReader(a.zip), 0
-		hesitant := readFunc(func(p []byte) (int, error) {
-			if reads++; reads%maxEmptyReads != 0 {
-				return 0, nil
-			}
-			return zip.Read(p[:min(len(p), 100)])
-		})
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), hesitant))
-		requireStored(t, f, a)
-	})
-}
-
-// A reader that panics, or ends its goroutine, does so in the caller's. The save
-// leaves nothing behind, and does not wait for the .info, which hangs.
-func TestSaveOfPanickingReader(t *testing.T) {
-	var none *bytes.Buffer
-	for how, stop := range map[string]func(){
-		"panic":  func() { none.Len() },
-		"Goexit": runtime.Goexit,
-	} {
-		for name, size := range heads {
-			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
-				f.fault(fakegcs.Hung, on("", "insert", extInfo))
-				zip := behindHead(size, func([]byte) (int, error) {
-					time.Sleep(100 * time.Millisecond) // the .info is on its way
-					stop()
-					return 0, io.EOF
-				})
-				start, returned := time.Now(), false
-				var recovered any
-				var group sync.WaitGroup
-				group.Go(func() {
-					defer func() { recovered = recover() }()
-					// The context does not end, and stops nothing that is left.
-					s := f.storage("a", WithChunkSize(faultChunk))
-					_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
-					returned = true
-				})
-				group.Wait()
-				require.False(t, returned)
-				require.Equal(t, how == "panic", recovered != nil)
-				require.Less(t, time.Since(start), 2*time.Second)
-				requireNothingRunning(t)
-				requireNothingInFlight(t, f)
-				require.Nil(t, f.Get(objectName(extZip)))
-				requireSavableAtOnce(t, f)
-			})
-		}
-	}
-}
 
 func TestChunkSizeIsBounded(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
@@ -152,59 +39,6 @@ func TestNilArguments(t *testing.T) {
 	require.PanicsWithValue(t, "gcs: WithErrors: wrap is nil", func() { WithErrors(nil) })
 	require.PanicsWithValue(t, "gcs: SingleFlight: next is nil", func() { NewStorage(bucket).SingleFlight(nil) })
 	require.NotPanics(t, func() { NewStorage(bucket, WithLogger(nil)) })
-}
-
-// everyCall calls everything that can fail, of which each wants the version to
-// exist or not.
-func everyCall(s *Storage) map[string]func(ctx context.Context) error {
-	return callsOn(s, testVersionName)
-}
-
-// callsOn is everyCall for that version.
-func callsOn(s *Storage, v ModuleVersion) map[string]func(ctx context.Context) error {
-	read := func(op string) func(ctx context.Context) error {
-		return func(ctx context.Context) error { _, err := readers[op](ctx, s, v.Module, v.Version); return err }
-	}
-	scan := func(module string) func(ctx context.Context) error {
-		return func(ctx context.Context) (err error) {
-			for _, err = range s.Scan(ctx, module) {
-			}
-			return err
-		}
-	}
-	return map[string]func(ctx context.Context) error{
-		"Save": func(ctx context.Context) error { return contentOf("a", 100).saveAs(ctx, s, v) },
-		"Exists": func(ctx context.Context) error {
-			ok, err := s.Exists(ctx, v.Module, v.Version)
-			if ok && err != nil {
-				panic("a version exists in spite of an error")
-			}
-			return err
-		},
-		"Info":     read("Info"),
-		"GoMod":    read("GoMod"),
-		"Zip":      read("Zip"),
-		"List":     func(ctx context.Context) error { _, err := s.List(ctx, v.Module); return err },
-		"Delete":   func(ctx context.Context) error { return s.Delete(ctx, v.Module, v.Version) },
-		"Catalog":  func(ctx context.Context) error { _, _, err := s.Catalog(ctx, "", 0); return err },
-		"Scan":     scan(v.Module),
-		"Scan all": scan(""),
-		"Repair":   func(ctx context.Context) error { _, err := s.Repair(ctx, v.Module, v.Version); return err },
-		"Check":    s.Check,
-		"Stash": func(ctx context.Context) error {
-			_, err := s.SingleFlight(answering(v.Version, nil)).Stash(ctx, v.Module, v.Version)
-			return err
-		},
-	}
-}
-
-// forEveryCall runs a test for each call, of a Storage on a bucket of its own.
-func forEveryCall(t *testing.T, make func(f *fakeGCS) *Storage, test func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error)) {
-	for name := range everyCall(nil) {
-		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
-			test(t, f, name, everyCall(make(f))[name])
-		})
-	}
 }
 
 func TestMissingBucket(t *testing.T) {
@@ -301,92 +135,6 @@ func TestPrefixesApart(t *testing.T) {
 		}
 		require.ErrorIs(t, a.Delete(t.Context(), testModule, "v2.0.0"), fs.ErrNotExist)
 		requireList(t, none, "a/"+testModule, "v1.0.0")
-	})
-}
-
-func TestErrorIs(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s, a := f.storage("a"), contentOf("a", 100)
-		_, err := s.Info(t.Context(), testModule, testVersion)
-		require.ErrorIs(t, err, fs.ErrNotExist)
-		require.NotErrorIs(t, err, fs.ErrExist)
-		require.ErrorIs(t, err, storage.ErrObjectNotExist)
-		require.ErrorIs(t, s.Delete(t.Context(), testModule, testVersion), fs.ErrNotExist)
-		require.NoError(t, a.save(t.Context(), s))
-		err = a.save(t.Context(), s)
-		require.ErrorIs(t, err, fs.ErrExist)
-		require.NotErrorIs(t, err, fs.ErrNotExist)
-		_, err = s.Info(t.Context(), "", testVersion)
-		require.NotErrorIs(t, err, fs.ErrNotExist)
-		require.NotErrorIs(t, err, fs.ErrExist)
-	})
-}
-
-// A foreignError is an error of another package that wraps one of this.
-type foreignError struct{ error }
-
-func (e foreignError) Unwrap() error { return e.error }
-
-// Every error passes through WithErrors, once. Nil does not.
-func TestWithErrors(t *testing.T) {
-	wrapped := 0
-	make := func(f *fakeGCS) *Storage {
-		wrapped = 0
-		return f.storage("m", WithErrors(func(e *Error) error {
-			wrapped++
-			require.NotNil(t, e)
-			require.Error(t, e.Err)
-			return foreignError{e}
-		}))
-	}
-	forEveryCall(t, make, func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error) {
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		err := call(ctx)
-		require.IsType(t, foreignError{}, err)
-		require.ErrorIs(t, err, context.Canceled)
-		require.Equal(t, KindUnexpected, Kind(err))
-		require.Equal(t, 1, wrapped)
-		synctest.Wait() // of a flight that goes on
-
-		if name != "Save" {
-			storeVersion(f, testModule, testVersion)
-		}
-		require.NoError(t, call(t.Context()))
-		require.Equal(t, 1, wrapped)
-	})
-}
-
-// So does an error in the middle of a stream, or of a scan.
-func TestWithErrorsOfStreams(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s := f.storage("m", WithErrors(func(e *Error) error { return foreignError{e} }))
-		storeVersion(f, testModule, testVersion)
-		gets := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op != "get" {
-				return fakegcs.TooMany
-			}
-			if gets++; gets == 1 {
-				return fakegcs.LostBody
-			}
-			return fakegcs.Hung
-		})
-		zip, err := s.Zip(within(t, time.Minute), testModule, testVersion)
-		require.NoError(t, err)
-		_, err = io.ReadAll(zip)
-		require.IsType(t, foreignError{}, err)
-		requireKind(t, err, KindGatewayTimeout)
-		require.IsType(t, foreignError{}, zip.Close())
-
-		yielded := 0
-		for status, err := range s.Scan(t.Context(), "") {
-			yielded++
-			require.Zero(t, status)
-			require.IsType(t, foreignError{}, err)
-			require.Equal(t, KindRateLimit, Kind(err))
-		}
-		require.Equal(t, 1, yielded)
 	})
 }
 

@@ -1,0 +1,362 @@
+package gcs
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
+)
+
+// heads are what a reader gives before it misbehaves: nothing, or what makes it a
+// large zip.
+var heads = map[string]int{"at the start": 0, "in a large zip": 3 << 20}
+
+// behindHead is a reader that gives a head before it calls read.
+func behindHead(size int, read readFunc) io.Reader {
+	return io.MultiReader(bytes.NewReader(make([]byte, size)), read)
+}
+
+// requireNothingRunning checks that no goroutine is in the package's own code.
+func requireNothingRunning(t *testing.T) {
+	t.Helper()
+	synctest.Wait()
+	all := make([]byte, 1<<20)
+	all = all[:runtime.Stack(all, true)]
+	for goroutine := range strings.SplitSeq(string(all), "\n\n") {
+		for _, file := range []string{"/bucket.go:", "/upload.go:", "/source.go:", "/lease.go:", "/saver.go:"} {
+			require.NotContains(t, goroutine, file)
+		}
+	}
+}
+
+func TestSaveLooksAtItsContextBetweenReads(t *testing.T) {
+	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
+		start := time.Now()
+		zip := behindHead(size, func(p []byte) (int, error) {
+			time.Sleep(100 * time.Millisecond)
+			return copy(p, "x"), nil
+		})
+		err := contentOf("a", 0).saveFrom(within(t, 5*time.Second), f.storage("a", WithChunkSize(faultChunk)), zip)
+		requireKind(t, err, KindGatewayTimeout)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Less(t, time.Since(start), 5500*time.Millisecond)
+		requireNothingRunning(t)
+		requireSavableAtOnce(t, f)
+	})
+}
+
+func TestSaveOfReaderWithoutProgress(t *testing.T) {
+	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
+		zip := behindHead(size, func([]byte) (int, error) { return 0, nil })
+		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), zip)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, io.ErrNoProgress)
+		requireSavableAtOnce(t, f)
+	})
+}
+
+// A reader that returns nothing now and then makes progress.
+func TestSaveOfHesitantReader(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 1000)
+		zip, reads := bytes.NewReader(a.zip), 0
+		hesitant := readFunc(func(p []byte) (int, error) {
+			if reads++; reads%maxEmptyReads != 0 {
+				return 0, nil
+			}
+			return zip.Read(p[:min(len(p), 100)])
+		})
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), hesitant))
+		requireStored(t, f, a)
+	})
+}
+
+// A reader that panics, or ends its goroutine, does so in the caller's. The save
+// leaves nothing behind, and does not wait for the .info, which hangs.
+func TestSaveOfPanickingReader(t *testing.T) {
+	var none *bytes.Buffer
+	for how, stop := range map[string]func(){
+		"panic":  func() { none.Len() },
+		"Goexit": runtime.Goexit,
+	} {
+		for name, size := range heads {
+			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
+				f.fault(fakegcs.Hung, on("", "insert", extInfo))
+				zip := behindHead(size, func([]byte) (int, error) {
+					time.Sleep(100 * time.Millisecond) // the .info is on its way
+					stop()
+					return 0, io.EOF
+				})
+				start, returned := time.Now(), false
+				var recovered any
+				var group sync.WaitGroup
+				group.Go(func() {
+					defer func() { recovered = recover() }()
+					// The context does not end, and stops nothing that is left.
+					s := f.storage("a", WithChunkSize(faultChunk))
+					_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
+					returned = true
+				})
+				group.Wait()
+				require.False(t, returned)
+				require.Equal(t, how == "panic", recovered != nil)
+				require.Less(t, time.Since(start), 2*time.Second)
+				requireNothingRunning(t)
+				requireNothingInFlight(t, f)
+				require.Nil(t, f.Get(objectName(extZip)))
+				requireSavableAtOnce(t, f)
+			})
+		}
+	}
+}
+
+// reseeking reads other bytes of the same length after each Seek to the start.
+type reseeking struct {
+	*bytes.Reader
+	other []byte
+}
+
+func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekStart {
+		r.Reader = bytes.NewReader(r.other)
+	}
+	return r.Reader.Seek(offset, whence)
+}
+
+// The first pass over a zip arrives while the second is under way. It is whole, so
+// the save is done with it, and does not write over it: somebody may have finished
+// the version.
+func TestOwnZipIsNotReplaced(t *testing.T) {
+	type testCase struct{ refused, finished bool }
+	forNamed(t, inCrowd, map[string]testCase{
+		"start refused, finished": {true, true},
+		"hung, finished":          {false, true},
+		"start refused":           {true, false},
+		"hung":                    {false, false},
+	}, func(t *testing.T, f *fakeGCS, c testCase) {
+		a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
+		var generation int64
+		arrive := func() {
+			f.Land()
+			generation = f.Get(objectName(extZip)).Generation
+			if c.finished {
+				requireExists(t, ahead(f, "e"), testVersion, true)
+			}
+		}
+		starts, chunks := 0, 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Machine != "a" || r.Object != objectName(extZip) {
+				return fakegcs.NoFault
+			}
+			switch r.Op {
+			case "start":
+				starts, chunks = starts+1, 0
+				if c.refused && starts == 2 {
+					arrive()
+					return fakegcs.PreconditionFailed
+				}
+			case "chunk", "query":
+				switch chunks++; {
+				case starts == 1 && chunks == 3:
+					return fakegcs.Stray
+				case starts == 2 && chunks == 2:
+					arrive()
+					return fakegcs.Hung
+				case chunks > 2:
+					return fakegcs.Hung
+				}
+			}
+			return fakegcs.NoFault
+		})
+		s := f.storage("a", WithChunkSize(faultChunk))
+		zip := &reseeking{bytes.NewReader(a.zip), other.zip}
+		require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
+		require.Equal(t, 2, starts)
+		requireStored(t, f, a)
+		require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
+	})
+}
+
+// An object of this save that is not whole is left as it is, whatever the reason,
+// and the version is given up.
+func TestOwnObjectCutShort(t *testing.T) {
+	forEach(t, inCrowd, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "insert" && r.Object == objectName(ext) {
+				f.Put(objectName(ext), []byte("half"), r.Metadata)
+				return fakegcs.PreconditionFailed
+			}
+			return fakegcs.NoFault
+		})
+		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, errCutShort)
+		require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
+		requireSavableAtOnce(t, f)
+	})
+}
+
+// pausing takes two minutes for the first byte after each Seek.
+type pausing struct {
+	*bytes.Reader
+	pause time.Duration
+}
+
+func (p *pausing) Seek(offset int64, whence int) (int64, error) {
+	p.pause = 2 * time.Minute
+	return p.Reader.Seek(offset, whence)
+}
+
+func (p *pausing) Read(b []byte) (int, error) {
+	time.Sleep(p.pause)
+	p.pause = 0
+	return p.Reader.Read(b)
+}
+
+// A reader that is slow when a zip is sent for the second time is no hang.
+func TestSlowReaderOfSecondPass(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 3*faultChunk-1)
+		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
+		zip := &pausing{Reader: bytes.NewReader(a.zip)}
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
+		require.Equal(t, 2, f.count(on("", "start", "")))
+		requireStored(t, f, a)
+	})
+}
+
+// The session of an upload in chunks can be lost. The upload is made again.
+func TestUploadSessionGone(t *testing.T) {
+	forEach(t, inCrowd, []int{404, 410}, func(t *testing.T, f *fakeGCS, code int) {
+		first := true
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.URL.Query().Get("upload_id") == "" || !first {
+				return nil
+			}
+			first = false
+			return answer(code, "no such session")
+		})
+		s.bucket.chunkSize = 256 << 10
+		a := contentOf("a", 3<<20)
+		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
+		leave(f, nil, extZip) // and is over the same leftover
+		time.Sleep(time.Second)
+		first = true
+		require.NoError(t, a.save(t.Context(), s))
+		requireStored(t, f, a)
+	})
+}
+
+// A 400 that does not speak of the MD5 is not the fault of the zip.
+func TestSaveBadRequestOfAnotherReason(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.URL.Query().Get("uploadType") != "resumable" {
+				return nil
+			}
+			return answer(http.StatusBadRequest, "Bucket is a requester pays bucket but no user project provided.")
+		})
+		s.bucket.chunkSize = 256 << 10
+		err := contentOf("a", 3<<20).save(t.Context(), s)
+		require.Equal(t, KindUnexpected, Kind(err))
+	})
+}
+
+// A large zip whose upload is limited, or hangs, for good fails after some minutes.
+func TestStreamLimited(t *testing.T) {
+	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
+		for _, op := range []string{"start", "chunk"} {
+			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
+				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
+					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
+					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
+					if !seek {
+						zip = plain(zip)
+					}
+					start := time.Now()
+					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
+					requireKind(t, err, kind)
+					require.Less(t, time.Since(start), 2*retryLimit)
+				})
+			}
+		}
+	}
+}
+
+// The second pass over a zip is whole by its own size, also when the first broke off.
+func TestOwnZipOfSecondPass(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		starts, chunks := 0, 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			switch {
+			case r.Op == "start":
+				if starts, chunks = starts+1, 0; starts == 3 {
+					f.Land()
+					return fakegcs.PreconditionFailed
+				}
+			case r.Op == "chunk" || r.Op == "query":
+				if chunks++; starts == 2 && chunks == 3 {
+					return fakegcs.Stray
+				} else if chunks > 1 && starts == 1 || chunks > 3 {
+					return fakegcs.Hung
+				}
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 3*faultChunk-1)
+		require.NoError(t, a.save(t.Context(), f.storage("a", WithChunkSize(faultChunk))))
+		require.Equal(t, 3, starts)
+		requireStored(t, f, a)
+	})
+}
+
+// A line that carries 222 KiB a second is fast enough for chunks of 16 MiB, and one of
+// 24 KiB a second for the smallest.
+func TestSlowLine(t *testing.T) {
+	for _, test := range []struct {
+		chunk, rate int
+		enough      bool
+	}{
+		{defaultChunkSize, 222 << 10, true},
+		{defaultChunkSize, 221 << 10, false},
+		{256 << 10, 24 << 10, true},
+		{256 << 10, 23 << 10, false},
+	} {
+		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
+			m := f.Register("a")
+			m.Connect(thinLine{m, test.rate})
+			a := contentOf("a", test.chunk+100)
+			err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
+			if test.enough {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, errBrokenOff)
+			}
+		})
+	}
+}
+
+// thinLine is a transport that carries so many bytes a second.
+type thinLine struct {
+	next http.RoundTripper
+	rate int
+}
+
+func (l thinLine) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(l.rate)); err != nil {
+		r.Body.Close()
+		return nil, err
+	}
+	return l.next.RoundTrip(r)
+}
