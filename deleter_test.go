@@ -181,9 +181,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 				}
 				for op, read := range readers {
-					content, err := read(t.Context(), s, testModule, testVersion)
-					require.NoError(t, err)
-					require.Equal(t, extOf[op]+" of v1.0.0", content)
+					returns(t, extOf[op]+" of v1.0.0")(read(t.Context(), s, testModule, testVersion))
 				}
 			})
 		}

@@ -113,9 +113,7 @@ func TestReadFaults(t *testing.T) {
 				}
 				storeVersion(f, "m", "v1.0.0")
 				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
-				content, err := readers[op](within(t, time.Minute), s, "m", "v1.0.0")
-				require.NoError(t, err)
-				require.Equal(t, extOf[op]+" of v1.0.0", content)
+				returns(t, extOf[op]+" of v1.0.0")(readers[op](within(t, time.Minute), s, "m", "v1.0.0"))
 				require.Len(t, f.Log(), 2)
 			})
 		})

@@ -67,9 +67,7 @@ func TestRefusedOverBoth(t *testing.T) {
 			v := ModuleVersion{"m", "v1.0.0"}
 			unfinishedVersion(f, v)
 			hooks(f, v.object(extMod))
-			ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-			require.NoError(t, err)
-			require.True(t, ok)
+			returns(t, true)(s.Exists(t.Context(), "m", "v1.0.0"))
 		})
 	}
 	run(t, "deleted by another", overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
@@ -195,9 +193,7 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 				})
 				vers := fmt.Sprintf("v1.%d.0", n)
 				require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
-				ok, err := s.Exists(t.Context(), "m", vers)
-				require.NoError(t, err)
-				require.True(t, ok)
+				returns(t, true)(s.Exists(t.Context(), "m", vers))
 				if !hit.Load() {
 					break
 				}

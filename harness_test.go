@@ -156,6 +156,15 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
+// returns checks the result of a call that must not fail.
+func returns[T any](t *testing.T, want T) func(got T, err error) {
+	return func(got T, err error) {
+		t.Helper()
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+}
+
 func requireNothingInFlight(t *testing.T, f *fakeGCS) {
 	t.Helper()
 	requests, bodies := f.InFlight()
@@ -346,9 +355,7 @@ func requireVersion(t *testing.T, f *fakeGCS, v ModuleVersion, c content) {
 
 func requireExists(t *testing.T, s *Storage, vers string, want bool) {
 	t.Helper()
-	ok, err := s.Exists(t.Context(), testModule, vers)
-	require.NoError(t, err)
-	require.Equal(t, want, ok)
+	returns(t, want)(s.Exists(t.Context(), testModule, vers))
 }
 
 func locks(f *fakeGCS) (names []string) {

@@ -1,9 +1,7 @@
 package gcs
 
 import (
-	"bytes"
 	"context"
-	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -30,12 +28,7 @@ func useStorage(t *testing.T, s *Storage, zipSize int) {
 	c := contentOf("a", zipSize)
 	require.NoError(t, c.save(t.Context(), s))
 	requireExists(t, s, testVersion, true)
-	zip, err := s.Zip(t.Context(), testModule, testVersion)
-	require.NoError(t, err)
-	got, err := io.ReadAll(zip)
-	require.NoError(t, err)
-	require.NoError(t, zip.Close())
-	require.True(t, bytes.Equal(c.zip, got))
+	returns(t, string(c.zip))(readers["Zip"](t.Context(), s, testModule, testVersion))
 	requireList(t, s, testModule, testVersion)
 	require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 }

@@ -21,9 +21,7 @@ func TestRepairStates(t *testing.T) {
 			if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
 				delete(want, objectName(extClaim))
 			}
-			state, err := s.Repair(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.Equal(t, c.repaired, state)
+			returns(t, c.repaired)(s.Repair(t.Context(), testModule, testVersion))
 			require.Len(t, f.Log(), c.requests)
 			switch {
 			case c.repaired == Absent:
@@ -37,9 +35,7 @@ func TestRepairStates(t *testing.T) {
 				want[objectName(extMod)] = mod
 			}
 			require.Equal(t, want, f.Objects())
-			again, err := s.Repair(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.Equal(t, state, again)
+			returns(t, c.repaired)(s.Repair(t.Context(), testModule, testVersion))
 			require.Equal(t, want, f.Objects())
 		})
 	}
@@ -51,9 +47,7 @@ func TestRepairNeedsTwoListings(t *testing.T) {
 		run(t, ext, inCrowd, func(t *testing.T, f *fakeGCS) {
 			storeVersion(f, testModule, testVersion)
 			before := f.Objects()
-			state, err := missing(t, f, ext).Repair(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.Equal(t, Complete, state)
+			returns(t, Complete)(missing(t, f, ext).Repair(t.Context(), testModule, testVersion))
 			require.Equal(t, before, f.Objects())
 		})
 	}
@@ -138,9 +132,7 @@ func TestRepairOfLivingSave(t *testing.T) {
 			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second))
 		}()
 		time.Sleep(time.Second)
-		state, err := ahead(f, "r").Repair(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		require.Equal(t, Complete, state)
+		returns(t, Complete)(ahead(f, "r").Repair(t.Context(), testModule, testVersion))
 		require.True(t, refused)
 		requireStored(t, f, a)
 	})

@@ -319,51 +319,39 @@ func TestSaveContextEnds(t *testing.T) {
 	for _, scene := range []string{"new", "taking over", "waiting"} {
 		for n := range 12 {
 			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.HungApplied} {
-				t.Run(fmt.Sprintf("%s %d %v", scene, n, fault), func(t *testing.T) {
-					inBubble(t, func(t *testing.T, f *fakeGCS) {
-						switch scene {
-						case "taking over":
-							f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-							time.Sleep(time.Second)
-						case "waiting":
-							f.Put(objectName(extMod), nil, marked(time.Now(), "other"))
-						}
-						a, b := contentOf("a", 100), contentOf("b", 100)
-						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-						defer cancel()
-						var ended time.Time
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if r.MachineN != n || r.Machine != "a" {
-								return fakegcs.NoFault
-							}
-							time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() })
-							return fault
-						})
-						err := a.save(ctx, f.storage("a"))
-						if ctx.Err() == nil {
-							require.NoError(t, err) // there is no request n
-							return
-						}
-						require.Less(t, time.Since(ended), time.Second)
-						if err != nil { // or the last answer was the only one to be lost
-							requireKind(t, err, KindUnexpected)
-							require.ErrorIs(t, err, context.Canceled)
-						}
-						if scene == "waiting" {
-							return
-						}
-						f.onRequest(nil)
-						time.Sleep(time.Second)
-						start := time.Now()
-						next := b.save(t.Context(), f.storage("b"))
-						require.Less(t, time.Since(start), time.Second)
-						if err == nil || next != nil {
-							requireKind(t, next, KindAlreadyExists)
-							requireStored(t, f, a)
-						} else {
-							requireStored(t, f, b)
-						}
-					})
+				run(t, fmt.Sprintf("%s %d %v", scene, n, fault), inBubble, func(t *testing.T, f *fakeGCS) {
+					if scene != "new" {
+						leave(f, marked(map[string]time.Time{"taking over": givenUp, "waiting": time.Now()}[scene], "other"), extMod)
+					}
+					a, b := contentOf("a", 100), contentOf("b", 100)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					defer cancel()
+					var ended time.Time
+					f.fault(fault, nth("a", n))
+					f.before(nth("a", n), func() { time.AfterFunc(time.Second, func() { ended = time.Now(); cancel() }) })
+					err := a.save(ctx, f.storage("a"))
+					if ctx.Err() == nil {
+						require.NoError(t, err) // there is no request n
+						return
+					}
+					require.Less(t, time.Since(ended), time.Second)
+					if err != nil { // or the last answer was the only one to be lost
+						requireKind(t, err, KindUnexpected)
+						require.ErrorIs(t, err, context.Canceled)
+					}
+					if scene == "waiting" {
+						return
+					}
+					time.Sleep(time.Second)
+					start := time.Now()
+					next := b.save(t.Context(), f.storage("b"))
+					require.Less(t, time.Since(start), time.Second)
+					if err == nil || next != nil {
+						requireKind(t, next, KindAlreadyExists)
+						requireStored(t, f, a)
+					} else {
+						requireStored(t, f, b)
+					}
 				})
 			}
 		}
@@ -382,43 +370,25 @@ func TestSaveDeadline(t *testing.T) {
 // A sleeper wakes in the middle of its zip, long after another has taken the
 // version over and stored it.
 func TestSaveSleeperWakes(t *testing.T) {
-	for _, size := range []int{100, 700 << 10} { // in memory, and in chunks
-		for _, op := range []string{"insert", "start", "chunk"} {
-			t.Run(fmt.Sprintf("%s of %d", op, size), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					a, b := contentOf("a", size), contentOf("b", 100)
-					sleeper := f.Machine("a")
-					slept := false
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.Machine == "a" && r.Op == op && r.Object == objectName(extZip) && !slept {
-							slept = true
-							sleeper.Pause()
-							time.AfterFunc(5*time.Minute, sleeper.Resume)
-						}
-						return fakegcs.NoFault
-					})
-					var group sync.WaitGroup
-					group.Go(func() {
-						err := a.saveFrom(t.Context(), newStorage(sleeper.Bucket, WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
-						if slept {
-							requireKind(t, err, KindAlreadyExists)
-						} else {
-							require.NoError(t, err)
-						}
-					})
-					time.Sleep(time.Second)
-					err := b.save(t.Context(), f.storage("b"))
-					if !slept { // there is no such request for a zip of this size
-						requireKind(t, err, KindAlreadyExists)
-						return
-					}
-					require.NoError(t, err)
-					requireStored(t, f, b)
-					group.Wait()
-					requireStored(t, f, b)
-				})
+	for op, size := range map[string]int{"insert": 100, "start": 700 << 10, "chunk": 700 << 10} {
+		run(t, op, inBubble, func(t *testing.T, f *fakeGCS) {
+			a, b := contentOf("a", size), contentOf("b", 100)
+			sleeper := f.Machine("a")
+			f.atFirst(on("a", op, extZip), func() {
+				sleeper.Pause()
+				time.AfterFunc(5*time.Minute, sleeper.Resume)
 			})
-		}
+			var group sync.WaitGroup
+			group.Go(func() {
+				s := newStorage(sleeper.Bucket, WithChunkSize(256<<10))
+				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindAlreadyExists)
+			})
+			time.Sleep(time.Second)
+			require.NoError(t, b.save(t.Context(), f.storage("b")))
+			requireStored(t, f, b)
+			group.Wait()
+			requireStored(t, f, b)
+		})
 	}
 }
 
