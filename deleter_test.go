@@ -26,13 +26,8 @@ func TestDeleteSubsets(t *testing.T) {
 					storeVersion(f, v.Module, v.Version)
 				}
 				kept := f.Names()
-				objects := 0
-				for bit, ext := range []string{extInfo, extMod, extZip} {
-					if subset&(1<<bit) != 0 {
-						storeFiles(f, testModule, testVersion, ext)
-						objects++
-					}
-				}
+				storeFiles(f, testModule, testVersion, subsetOf(subset)...)
+				objects := len(subsetOf(subset))
 				if mark != nil && subset&2 != 0 {
 					f.SetMetadata(objectName(extMod), mark)
 				}
@@ -204,11 +199,8 @@ func TestDeleteSparesSuccessor(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		saved := false
-		f.atFirst(func(r *fakegcs.Request) bool {
-			return r.Machine == "m" && r.Op == "delete" && r.Object != objectName(extMod)
-		}, func() {
-			saved = saveVersion(t.Context(), f.storage("saver"), testModule, testVersion) == nil
-		})
+		besideMod := func(r *fakegcs.Request) bool { return on("m", "delete", "")(r) && r.Object != objectName(extMod) }
+		f.atFirst(besideMod, func() { saved = saveVersion(t.Context(), f.storage("saver"), testModule, testVersion) == nil })
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.True(t, saved)
 		requireExists(t, s, testVersion, true)

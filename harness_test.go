@@ -255,6 +255,16 @@ func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
 	}
 }
 
+// subsetOf returns the endings of the objects that the bits are for.
+func subsetOf(bits int) (exts []string) {
+	for bit, ext := range []string{extInfo, extMod, extZip} {
+		if bits&(1<<bit) != 0 {
+			exts = append(exts, ext)
+		}
+	}
+	return exts
+}
+
 // storeVersion puts a complete version into the bucket.
 func storeVersion(f *fakeGCS, module string, versions ...string) {
 	for _, vers := range versions {

@@ -37,11 +37,7 @@ func TestListOnlyComplete(t *testing.T) {
 		requireList(t, s, "m")
 
 		for subset := range 8 {
-			for bit, ext := range []string{extInfo, extMod, extZip} {
-				if subset&(1<<bit) != 0 {
-					storeFiles(f, "m", fmt.Sprintf("v1.%d.0", subset), ext)
-				}
-			}
+			storeFiles(f, "m", fmt.Sprintf("v1.%d.0", subset), subsetOf(subset)...)
 		}
 		storeVersion(f, "m", "v2.0.0", "v3.0.0")
 		f.SetMetadata("m/@v/v2.0.0.mod", marked(time.Now(), "a"))

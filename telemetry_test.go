@@ -152,8 +152,7 @@ func TestSpans(t *testing.T) {
 		{"no zip", nil, the("Zip"), "gcs.Zip", testVersionName, "not found", nil},
 		{"list", nil, the("List"), "gcs.List", module, "ok", nil},
 		{"list nothing", nil, func(ctx context.Context, s *Storage) error {
-			_, err := s.List(ctx, "a//b")
-			return err
+			return callsOn(s, ModuleVersion{Module: "a//b"})["List"](ctx)
 		}, "gcs.List", ModuleVersion{"a//b", ""}, "failed", errors.New("empty element")},
 		{"catalog", nil, the("Catalog"), "gcs.Catalog", ModuleVersion{}, "ok", nil},
 		{"delete", stored, the("Delete"), "gcs.Delete", testVersionName, "ok", nil},
@@ -217,10 +216,7 @@ func TestSpansOfSharedStash(t *testing.T) {
 		a := newReplica(f, &origin{takes: time.Second}, "a")
 		var group sync.WaitGroup
 		for range 3 {
-			group.Go(func() {
-				_, err := a.Stash(t.Context(), testModule, testVersion)
-				require.NoError(t, err)
-			})
+			group.Go(func() { requireStash(t, a, testVersion, testVersion) })
 		}
 		group.Wait()
 		var stashes []trace.SpanID
@@ -285,9 +281,7 @@ func TestWaits(t *testing.T) {
 		a := contentOf("a", 100)
 		s := f.storage("a")
 		var group sync.WaitGroup
-		group.Go(func() {
-			require.NoError(t, a.saveSlowly(t.Context(), s, 20*time.Second))
-		})
+		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), s, 20*time.Second)) })
 		time.Sleep(time.Second)
 		requireKind(t, a.save(t.Context(), f.storage("b")), KindAlreadyExists)
 		group.Wait()
@@ -469,9 +463,7 @@ func TestNothingIsLogged(t *testing.T) {
 		a := contentOf("a", 100)
 		s := f.storage("a", option)
 		var group sync.WaitGroup
-		group.Go(func() {
-			require.NoError(t, a.saveSlowly(t.Context(), s, 4*time.Second))
-		})
+		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), s, 4*time.Second)) })
 		time.Sleep(time.Second)
 		requireKind(t, a.save(t.Context(), s), KindAlreadyExists) // after less than tellAfter
 		group.Wait()
