@@ -150,8 +150,7 @@ func BenchmarkSaveWaits(b *testing.B) {
 			var done time.Time
 			var group sync.WaitGroup
 			group.Go(func() {
-				zip := io.MultiReader(sleepReader(30*time.Second), bytes.NewReader(small.zip))
-				fatal(t, small.saveFrom(t.Context(), f.storage("a"), zip))
+				fatal(t, small.saveSlowly(t.Context(), f.storage("a"), 30*time.Second))
 				done = time.Now()
 			})
 			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)

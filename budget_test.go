@@ -163,16 +163,17 @@ func (drain) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	header := http.Header{"Content-Type": {"application/json; charset=UTF-8"}}
 	body := `{"generation":"1","metageneration":"1"}`
+	code := http.StatusOK
 	switch {
-	case r.Method == http.MethodGet: // a listing
-		body = "{}"
+	case r.Method == http.MethodGet:
+		code = http.StatusNotFound
 	case r.Method == http.MethodPost && strings.Contains(r.URL.RawQuery, "uploadType=resumable"):
 		header.Set("Location", fmt.Sprintf("https://%s/upload?upload_id=1", r.URL.Host))
 	case strings.HasSuffix(r.Header.Get("Content-Range"), "/*"):
 		header.Set("X-Http-Status-Code-Override", "308")
 	}
 	return &http.Response{
-		StatusCode:    http.StatusOK,
+		StatusCode:    code,
 		Header:        header,
 		ContentLength: int64(len(body)),
 		Body:          io.NopCloser(strings.NewReader(body)),

@@ -16,73 +16,53 @@ func (s *Storage) Exists(ctx context.Context, module, version string) (bool, err
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Exists", v)
 	err := s.bucket.check(v)
-	var seen snapshot
+	complete := false
 	if err == nil {
-		seen, err = s.bucket.look(ctx, v)
+		_, complete, err = s.isComplete(ctx, v, nil)
 	}
-	if err != nil {
-		return false, c.end(err)
-	}
-	ok, err := s.isComplete(ctx, v, seen)
-	return ok, c.end(err)
+	return complete, c.end(err)
 }
 
-// isComplete reports whether a version that was listed is complete, and completes
-// it if it is unfinished and the caller may.
-func (s *Storage) isComplete(ctx context.Context, v ModuleVersion, seen snapshot) (bool, error) {
-	_, state, _, err := s.resolve(ctx, v, seen)
+// isComplete reports whether a version is complete, and completes it if it is
+// unfinished and the caller may. See settle for listed.
+func (s *Storage) isComplete(ctx context.Context, v ModuleVersion, listed *snapshot) (seen snapshot, complete bool, err error) {
+	seen, state, _, err := s.settle(ctx, v, listed)
 	if isForbidden(err) && state == Unfinished {
-		return false, nil
+		return seen, false, nil
 	}
-	return state == Complete, err
+	return seen, state == Complete, err
 }
 
-// resolve is judge, except that it finishes an unfinished version, which it reports.
-func (s *Storage) resolve(ctx context.Context, v ModuleVersion, seen snapshot) (_ snapshot, _ State, finished bool, _ error) {
-	for {
-		var state State
-		var err error
-		seen, state, err = s.judge(ctx, v, seen)
-		if state != Unfinished || err != nil {
-			return seen, state, false, err
+// settle returns the state of a version, and the listing that shows it. It finishes an
+// unfinished version, which it reports. listed is a listing that was made already, or
+// nil.
+func (s *Storage) settle(ctx context.Context, v ModuleVersion, listed *snapshot) (seen snapshot, state State, finished bool, err error) {
+	err = s.bucket.change(ctx, v, listed, func(now snapshot) (err error) {
+		seen = now
+		if state, err = s.inspect(ctx, v, seen); state != Unfinished || err != nil {
+			return err
 		}
 		// All three objects are of one save and nobody replaces them, so it matters
 		// neither whether that save is dead nor who else finishes it.
-		_, err = s.bucket.clear(ctx, v, extMod, ifUnchanged(seen.mod))
-		if err == nil {
+		if _, err = s.bucket.clear(ctx, v, extMod, ifUnchanged(seen.mod)); err == nil {
 			s.log.InfoContext(ctx, "finished another's save", "module", v.Module, "version", v.Version)
-			return seen, Complete, true, nil
+			state, finished = Complete, true
 		}
-		if !isPreconditionFailed(err) && !isAbsent(err) {
-			return seen, state, false, err
-		}
-		again, lookErr := s.bucket.look(ctx, v)
-		if lookErr != nil {
-			return seen, state, false, lookErr
-		}
-		if again.equals(seen) {
-			return seen, state, false, err // refused for another reason than its condition
-		}
-		seen = again
-	}
+		return err
+	})
+	return seen, state, finished, err
 }
 
-// judge returns the state of a version that was listed, and the listing that shows
-// it. A version whose objects name another .mod was copied from another bucket, or
-// listed while it was replaced. In the second case a second listing differs.
-func (s *Storage) judge(ctx context.Context, v ModuleVersion, seen snapshot) (snapshot, State, error) {
-	for {
-		state := s.state(seen)
-		if state != Partial || !seen.whole() {
-			return seen, state, nil
-		}
-		again, err := s.bucket.look(ctx, v)
-		if err != nil {
-			return seen, state, err
-		}
-		if again.equals(seen) {
-			return seen, Complete, nil
-		}
-		seen = again
+// inspect returns the state of a version that was listed. A version whose objects name
+// another .mod was copied from another bucket, or listed while it was replaced. In the
+// second case a second listing differs.
+func (s *Storage) inspect(ctx context.Context, v ModuleVersion, seen snapshot) (State, error) {
+	state := s.classify(seen)
+	if state != Partial || !seen.hasAll() {
+		return state, nil
 	}
+	if err := s.bucket.confirm(ctx, v, seen); err != nil {
+		return state, err
+	}
+	return Complete, nil
 }

@@ -119,7 +119,7 @@ func TestStates(t *testing.T) {
 					maps.Copy(seen.mod.Metadata, m.metadata)
 				}
 				want := meaning(subset, m.marked, m.fresh, ids.one)
-				require.Equal(t, want, seen.state(now, DefaultStaleThreshold), "%s, %s, subset %03b", ids.name, m.name, subset)
+				require.Equal(t, want, seen.classify(now, DefaultStaleThreshold), "%s, %s, subset %03b", ids.name, m.name, subset)
 			}
 		}
 	}
@@ -294,7 +294,7 @@ func TestExistsAmongManyOthers(t *testing.T) {
 		requireExists(t, s, "v1", false)
 		require.NotNil(t, f.Get(testModule+"/@v/v1.zip"))
 		// And again, since the .zip names another .mod.
-		require.Equal(t, []string{"list", "list", "list", "list"}, logged(f))
+		require.Equal(t, []string{"list", "list", "list", "list", "list", "list"}, logged(f))
 	})
 }
 
@@ -367,7 +367,7 @@ func FuzzState(f *testing.F) {
 		if isMarked && seen.mod != nil {
 			seen.mod.Metadata[keyInProgress] = value
 		}
-		got := seen.state(now, DefaultStaleThreshold)
+		got := seen.classify(now, DefaultStaleThreshold)
 		one := modID == "" || infoID == modID && zipID == modID
 		isMarked = isMarked && value != ""
 		allowed := []State{meaning(subset&7, isMarked, true, one), meaning(subset&7, isMarked, false, one)}

@@ -864,7 +864,7 @@ func (b *bench) fresh(t *testing.T) {
 
 // renewal: a save renews its marker while its zip is on the way, and completes.
 func (b *bench) renewal(t *testing.T) {
-	s := b.storage(WithStaleThreshold(4 * time.Second))
+	s := b.storage(WithChunkSize(1), WithStaleThreshold(4*time.Second))
 	marker := func() string {
 		attrs, err := b.object("v1.0.0", "mod").Attrs(b.ctx)
 		require.NoError(t, err)

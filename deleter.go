@@ -1,6 +1,7 @@
 package gcs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -24,40 +25,27 @@ func (s *Storage) Delete(ctx context.Context, module, version string) error {
 	ctx, c := s.begin(ctx, "Delete", v)
 	err := s.bucket.check(v)
 	if err == nil {
-		err = s.delete(ctx, v)
+		err = s.bucket.change(ctx, v, nil, func(seen snapshot) error {
+			if seen.empty() {
+				return errNothing
+			}
+			return s.bucket.removeVersion(ctx, v, seen)
+		})
 	}
 	return c.end(err)
 }
 
-func (s *Storage) delete(ctx context.Context, v ModuleVersion) error {
-	for round := 0; ; round++ {
-		seen, err := s.bucket.look(ctx, v)
-		switch {
-		case err != nil:
-			return err
-		case seen.empty():
-			return errNothing
-		}
-		removed, err := s.bucket.removeVersion(ctx, v, seen)
-		if removed || err != nil && (!isPreconditionFailed(err) || round == maxRefused) {
-			return err
-		}
-		// A save is under way, or is complete by now, and has stored more than was seen.
-	}
-}
-
-// removeVersion deletes the objects that were listed, the .mod first. It deletes
-// nothing, and reports false or an error that isPreconditionFailed, if the .mod has changed.
-func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot) (removed bool, err error) {
+// removeVersion deletes the objects that were listed, the .mod first. If the .mod has
+// changed, it deletes nothing, and returns errChanged or a refused precondition.
+func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapshot) error {
 	if seen.mod == nil {
 		// The .mod may have come while the version was listed, and the rest be of
 		// the same save.
-		mod, err := b.attrs(ctx, v, extMod)
-		if mod != nil || err != nil {
-			return false, err
+		if mod, err := b.attrs(ctx, v, extMod); mod != nil || err != nil {
+			return cmp.Or(err, errChanged)
 		}
 	} else if err := b.remove(ctx, v, extMod, ifUnchanged(seen.mod)); err != nil {
-		return false, err
+		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	for _, ext := range []string{extInfo, extZip} {
@@ -71,5 +59,5 @@ func (b *bucket) removeVersion(ctx context.Context, v ModuleVersion, seen snapsh
 			})
 		}
 	}
-	return true, group.Wait()
+	return group.Wait()
 }

@@ -160,12 +160,16 @@ func TestDeleteDuringSave(t *testing.T) {
 				})
 				wg.Wait()
 
-				require.NoError(t, saveErr, "a save whose version is deleted starts over")
+				if saveErr != nil { // it is deleted while it is saved
+					require.ErrorIs(t, saveErr, errFenced)
+				}
 				require.True(t, deleteErr == nil || Is(deleteErr, KindNotFound), "%v", deleteErr)
 				f.SetLatency(0)
 				ok, err := s.Exists(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
 				switch {
+				case saveErr != nil:
+					require.False(t, ok)
 				case deleted.Before(saved):
 					require.True(t, ok, "the save ended after the delete")
 				case started.After(saved) || started.Equal(saved):

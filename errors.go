@@ -93,10 +93,9 @@ func (e readError) Unwrap() error { return e.error }
 
 // The ends of a save.
 var (
-	errExists   error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
-	errFinished error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
-	// errCannotReread is why a fenced save can end without having stored anything.
-	errCannotReread = errors.New("the version was taken over or deleted meanwhile, and the zip cannot be read again")
+	errExists       error = kindError{KindAlreadyExists, errors.New("the version is stored already")}
+	errFinished     error = kindError{KindAlreadyExists, errors.New("the version was stored, but for the last step")}
+	errCannotReread       = errors.New("the zip has to be sent again, and cannot be read again")
 	// errPanicked stands for the error of a step of a save that has not returned.
 	errPanicked = errors.New("the zip's reader panicked")
 )
@@ -139,11 +138,14 @@ func hasCode(err error, httpCode int, grpcCode codes.Code) bool {
 	return ok && err != nil && s.Code() == grpcCode
 }
 
+// errChanged is the answer of a second look that differs from the first.
+var errChanged = errors.New("the version changes all the while")
+
 // isPreconditionFailed reports whether GCS refused the request's precondition. The same
 // answer has other reasons too, and an earlier try may have been applied. So the
 // caller reads back before it decides.
 func isPreconditionFailed(err error) bool {
-	return hasCode(err, http.StatusPreconditionFailed, codes.FailedPrecondition)
+	return errors.Is(err, errChanged) || hasCode(err, http.StatusPreconditionFailed, codes.FailedPrecondition)
 }
 
 // isAbsent reports whether the object or the bucket does not exist.

@@ -207,9 +207,8 @@ func TestDeleteNeedsTheMod(t *testing.T) {
 	})
 }
 
-// A save that was fenced after its zip was read, and cannot read it again, stores
-// nothing: the rest of a zip is no zip.
-func TestFencedCannotReread(t *testing.T) {
+// A save that is fenced at its commit says so at once, if nobody else is at work.
+func TestFencedAtCommit(t *testing.T) {
 	forEach(t, inCrowd, []bool{true, false}, func(t *testing.T, f *fakeGCS, deleted bool) {
 		commits := func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" }
 		f.atFirst(commits, func() {
@@ -219,8 +218,7 @@ func TestFencedCannotReread(t *testing.T) {
 		})
 		a := contentOf("a", 2<<20)
 		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, errCannotReread)
+		requireFenced(t, err)
 		requireExists(t, f.storage("b"), testVersion, false)
 	})
 }
@@ -238,11 +236,10 @@ func (u unseekable) Seek(offset int64, whence int) (int64, error) {
 	return u.ReadSeeker.Seek(offset, whence)
 }
 
-func TestFencedCannotSeek(t *testing.T) {
+// A large zip that is refused, and cannot be read again, tells why.
+func TestCannotSeek(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "patch" }, func() {
-			f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-		})
+		f.Put(objectName(extZip), nil, nil)
 		cause := errors.New("stale file handle")
 		a := contentOf("a", 2<<20)
 		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), unseekable{bytes.NewReader(a.zip), cause})

@@ -27,8 +27,7 @@ func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 		"gRPC": func(m *fakegcs.Machine) { m.ConnectGRPC() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFakeGCS(t)
+			bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 				m := f.Register("m")
 				connect(m)
 				test(t, f, newStorage(m.Bucket))

@@ -61,9 +61,32 @@ func (c content) save(ctx context.Context, s *Storage) error {
 	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
 }
 
-// saveSlowly saves from a reader that takes that time.
+// saveSlowly saves from a reader that takes that time, after the .mod is written.
 func (c content) saveSlowly(ctx context.Context, s *Storage, takes time.Duration) error {
-	return c.saveFrom(ctx, s, io.MultiReader(sleepReader(takes), bytes.NewReader(c.zip)))
+	s.bucket.chunkSize = 1
+	return c.saveFrom(ctx, s, &slowZip{bytes.NewReader(c.zip), takes})
+}
+
+// A slowZip takes its time after two bytes, once.
+type slowZip struct {
+	*bytes.Reader
+	takes time.Duration
+}
+
+func (z *slowZip) Read(p []byte) (int, error) {
+	if z.Size()-int64(z.Len()) < 2 {
+		return z.Reader.Read(p[:min(len(p), 2)])
+	}
+	time.Sleep(z.takes)
+	z.takes = 0
+	return z.Reader.Read(p)
+}
+
+// saveHalf saves two bytes of the zip and then what the readers have. It makes s read
+// one byte ahead, and send the rest in chunks as it is read.
+func (c content) saveHalf(ctx context.Context, s *Storage, rest ...io.Reader) error {
+	s.bucket.chunkSize = 1
+	return c.saveFrom(ctx, s, io.MultiReader(append([]io.Reader{bytes.NewReader(c.zip[:2])}, rest...)...))
 }
 
 // saveAs saves as another version than most tests do.
@@ -88,6 +111,7 @@ func objectName(ext string) string {
 func bubble(t *testing.T, roundTrip time.Duration, test func(t *testing.T, f *fakeGCS)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
+		t.Cleanup(func() { time.Sleep(2 * releaseTimeout) }) // calls that go on give up
 		f := newFakeGCS(t)
 		f.SetLatency(roundTrip)
 		test(t, f)
@@ -329,6 +353,14 @@ func requireError(t *testing.T, err error, kind int, op, module, vers string) {
 	require.ErrorAs(t, err, &e)
 	require.Equal(t, Error{op, kind, module, vers, e.Err}, *e)
 	require.Error(t, e.Err)
+}
+
+// requireFenced checks that a save says that another took its version over, or deleted
+// it.
+func requireFenced(t *testing.T, err error) {
+	t.Helper()
+	requireKind(t, err, KindUnexpected)
+	require.ErrorIs(t, err, errFenced)
 }
 
 func requireKind(t *testing.T, err error, kind int) {

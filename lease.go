@@ -23,13 +23,13 @@ var (
 	// errFenced means that the object is no longer the lease's own. Nothing that
 	// this holder sends can change it.
 	errFenced = errors.New("fenced: somebody else has taken the version over or deleted it")
-	// errCleared means that the marker is gone from the lease's own object: the
+	// errCommitted means that the marker is gone from the lease's own object: the
 	// version is committed.
-	errCleared = errors.New("the marker is already cleared")
+	errCommitted = errors.New("the marker is already cleared")
 )
 
 // A lease is the right to finish what a marked object stands for. Whoever wrote
-// the live generation of the object holds it. Every change of the object is
+// the live generation of the object owns it. Every change of the object is
 // conditional on that generation and on the last known metageneration, so a holder
 // that lost its lease can change nothing, whether it knows or not.
 //
@@ -44,34 +44,35 @@ type lease struct {
 	now       func() time.Time
 	threshold time.Duration
 
-	over    *storage.ObjectAttrs // what acquire was to replace
-	sent    int                  // requests to write the object; 0 when none can still arrive
-	gen     int64                // of the object that is held, 0 for none
-	metagen int64                // the last known
-	renewed time.Time            // when the last renewal ended, by the monotonic clock
-	found   *storage.ObjectAttrs // what is there in its stead
+	replaces   *storage.ObjectAttrs // what acquire was to replace
+	unanswered int                  // requests to write the object; 0 when none can still arrive
+	gen        int64                // of the object that is owned, 0 for none
+	metagen    int64                // the last known
+	renewed    time.Time            // when the last renewal ended, by the monotonic clock
+	successor  *storage.ObjectAttrs // the object that was found instead of this lease's own
 }
 
 // acquire writes the object with this holder's marker, if it is still the one
-// seen, or still absent.
+// seen, or still absent. Of all who try, one succeeds: the condition names the
+// generation and the metageneration, and a renewal changes the second.
 func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
-	l.over, l.gen = seen, 0
+	l.replaces, l.gen = seen, 0
 	attrs, err := l.b.put(ctx, l.v, l.ext, ifUnchanged(seen), func() map[string]string {
-		l.sent++
+		l.unanswered++
 		return marked(l.now(), l.id)
 	}, l.body)
 	switch {
 	case err == nil:
 		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
-	case (isPreconditionFailed(err) || isForbidden(err)) && l.sent == 1:
-		l.sent = 0 // nothing is on its way
+	case (isPreconditionFailed(err) || isForbidden(err) || isAbsent(err)) && l.unanswered == 1:
+		l.unanswered = 0 // nothing is on its way
 	}
 	return err
 }
 
-// recover makes the lease hold the object if a request of this holder wrote it,
+// adopt makes the lease own the object if a request of this holder wrote it,
 // which it reports.
-func (l *lease) recover(attrs *storage.ObjectAttrs) bool {
+func (l *lease) adopt(attrs *storage.ObjectAttrs) bool {
 	if attrs == nil || attrs.Metadata[keySaveID] != l.id {
 		return false
 	}
@@ -79,22 +80,22 @@ func (l *lease) recover(attrs *storage.ObjectAttrs) bool {
 	return true
 }
 
-// holds reports whether the object is the one that the lease is for.
-func (l *lease) holds(attrs *storage.ObjectAttrs) bool {
+// owns reports whether the object is the one that the lease is for.
+func (l *lease) owns(attrs *storage.ObjectAttrs) bool {
 	return attrs != nil && attrs.Generation == l.gen
 }
 
-// isHeld reads the object and returns errFenced unless it is still the lease's own.
-func (l *lease) isHeld(ctx context.Context) error {
+// checkHeld reads the object and returns errFenced unless it is still the lease's own.
+func (l *lease) checkHeld(ctx context.Context) error {
 	attrs, err := l.b.attrs(ctx, l.v, l.ext)
-	if err == nil && !l.holds(attrs) {
+	if err == nil && !l.owns(attrs) {
 		err = errFenced
 	}
 	return err
 }
 
 // change makes a request that changes the object's metadata. It returns errFenced
-// if the lease is lost and errCleared if the marker is gone, whoever cleared it.
+// if the lease is lost and errCommitted if the marker is gone, whoever cleared it.
 func (l *lease) change(ctx context.Context, request func(storage.Conditions) (*storage.ObjectAttrs, error)) error {
 	for {
 		attrs, err := request(storage.Conditions{GenerationMatch: l.gen, MetagenerationMatch: l.metagen})
@@ -111,11 +112,11 @@ func (l *lease) change(ctx context.Context, request func(storage.Conditions) (*s
 		switch {
 		case readErr != nil:
 			return readErr
-		case !l.holds(attrs):
-			l.found = attrs
+		case !l.owns(attrs):
+			l.successor = attrs
 			return errFenced
 		case !marked:
-			return errCleared
+			return errCommitted
 		case attrs.Metageneration == l.metagen:
 			return err // the condition holds: it was refused for another reason
 		}
@@ -130,8 +131,10 @@ func (l *lease) mark(ctx context.Context, t time.Time, id string) error {
 	})
 }
 
-// commit clears the marker. It returns errCleared if that is done already: by a request
-// whose answer was lost, or by one who found the version unfinished.
+// commit clears the marker. The condition names the generation of this holder's own
+// object, so it succeeds only while nobody has taken over or deleted since. It returns
+// errCommitted if the marker is gone already: by a request whose answer was lost, or by
+// one who found the version unfinished.
 func (l *lease) commit(ctx context.Context) error {
 	// GCS refuses a second metadata update within the second.
 	if err := sleep(ctx, updateInterval-time.Since(l.renewed)); err != nil {
@@ -143,42 +146,28 @@ func (l *lease) commit(ctx context.Context) error {
 }
 
 // startRenewing renews the marker until stop is called, which waits for a renewal
-// in flight. It calls lost with errFenced or errCleared when there is nothing to renew
+// in flight. It calls lost with errFenced or errCommitted when there is nothing to renew
 // any more, and failed after a renewal that failed for another reason.
 func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc, failed func()) (stop func()) {
-	quit, done := make(chan struct{}), make(chan struct{})
+	pauses, endPauses := context.WithCancel(ctx)
+	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		interval := max(l.threshold/renewals, updateInterval)
-		due := time.NewTimer(interval)
-		defer due.Stop()
-		for {
-			select {
-			case <-due.C:
-			case <-quit:
-			case <-ctx.Done():
-			}
-			select {
-			case <-quit: // comes first
-				return
-			default:
-			}
-			if ctx.Err() != nil {
-				return
-			}
+		for pause := interval; sleep(pauses, pause) == nil; {
 			began := time.Now()
 			switch err := l.renew(ctx); {
-			case errors.Is(err, errFenced), errors.Is(err, errCleared):
+			case errors.Is(err, errFenced), errors.Is(err, errCommitted):
 				lost(err)
 				return
 			case err != nil && ctx.Err() == nil:
 				failed()
 			}
-			due.Reset(max(interval-time.Since(began), updateInterval))
+			pause = max(interval-time.Since(began), updateInterval)
 		}
 	}()
 	return func() {
-		close(quit)
+		endPauses()
 		<-done
 	}
 }
@@ -192,8 +181,15 @@ func (l *lease) renew(ctx context.Context) error {
 	return err
 }
 
+// insistent returns a copy of the lease whose requests are made again after every
+// failure, until their context ends.
+func (l lease) insistent() *lease {
+	l.b = l.b.insistent()
+	return &l
+}
+
 // release gives the lease up, so that the next holder can proceed at once. It
-// outlives ctx, by a bounded time. It returns errCleared if the version turns out
+// outlives ctx, by a bounded time. It returns errCommitted if the version turns out
 // to be committed.
 //
 // keepID says that everything but the commit was done: the next save commits.
@@ -202,6 +198,7 @@ func (l *lease) renew(ctx context.Context) error {
 func (l *lease) release(ctx context.Context, keepID bool) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
 	defer cancel()
+	l = l.insistent()
 	id := newSaveID()
 	if keepID {
 		id = l.id
@@ -215,23 +212,23 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 		}
 		// Somebody may have removed the object, and a create of this lease have
 		// arrived after that.
-		if !l.recover(l.found) {
+		if !l.adopt(l.successor) {
 			return nil
 		}
 	}
 }
 
 // fenceLateAcquire brings a lease up to date whose acquire was not answered, and
-// reports whether it holds the object. If what acquire was to replace is still there,
+// reports whether it owns the object. If what acquire was to replace is still there,
 // its request can still arrive. So fenceLateAcquire replaces it, with an object that
-// is given up and that nobody holds: then that request is refused.
+// is given up and that nobody owns: then that request is refused.
 func (l *lease) fenceLateAcquire(ctx context.Context, id string) (held bool, err error) {
-	for l.gen == 0 && l.sent > 0 {
+	for l.gen == 0 && l.unanswered > 0 {
 		attrs, err := l.b.attrs(ctx, l.v, l.ext)
-		if err != nil || l.recover(attrs) {
+		if err != nil || l.adopt(attrs) {
 			return err == nil, err
 		}
-		if !sameObject(attrs, l.over) {
+		if !sameObject(attrs, l.replaces) {
 			return false, nil
 		}
 		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(attrs), func() map[string]string { return marked(givenUp, id) }, l.body)

@@ -158,9 +158,8 @@ func TestGiveUpOfFinished(t *testing.T) {
 func TestGiveUpOfClearedWithoutZip(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		broken := errors.New("broken")
-		zip := io.MultiReader(sleepReader(time.Second), iotest.ErrReader(broken))
 		time.AfterFunc(500*time.Millisecond, func() { f.SetMetadata(objectName(extMod), nil) })
-		err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a"), zip)
+		err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a"), sleepReader(time.Second), iotest.ErrReader(broken))
 		requireKind(t, err, KindUnexpected)
 		require.ErrorIs(t, err, broken)
 		requireSavableAtOnce(t, f)
@@ -226,17 +225,16 @@ func TestFencedIsPatient(t *testing.T) {
 }
 
 // Its patience ends a threshold after the last change.
-func TestFencedTakesOverFromCrashed(t *testing.T) {
+func TestFencedByCrashed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
 		var crashed time.Time
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
 			time.AfterFunc(10*time.Minute, m.Crash)
-			require.Error(t, contentOf("b", 100).saveFrom(within(t, 20*time.Minute), newStorage(m.Bucket), sleepReader(15*time.Minute)))
+			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), newStorage(m.Bucket), sleepReader(15*time.Minute)))
 		})
-		require.NoError(t, err)
-		requireStored(t, f, a)
+		requireFenced(t, err)
 		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
 		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
 	})
@@ -253,21 +251,9 @@ func TestFencedWaitsOnce(t *testing.T) {
 			crashed = time.Now()
 			f.Put(objectName(extMod), nil, marked(crashed, "b"))
 		})
-		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
-		requireStored(t, f, a)
+		requireFenced(t, a.saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
 		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
 		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
-	})
-}
-
-// It says what the zip's reader failed with, also if it was fenced before.
-func TestFencedReaderFails(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		time.AfterFunc(10*time.Second, func() { f.Put(objectName(extMod), nil, marked(givenUp, "b")) })
-		cause := errors.New("the origin hung up")
-		err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a"), io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(cause)))
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, cause)
 	})
 }
 
@@ -298,17 +284,15 @@ func TestRenewalsAreNotTooFast(t *testing.T) {
 }
 
 // It has none with a marker that was given up.
-func TestFencedTakesOverFromFailed(t *testing.T) {
+func TestFencedByFailed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
 		var failed time.Time
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			zip := io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
-			require.ErrorIs(t, contentOf("b", 100).saveFrom(t.Context(), newStorage(m.Bucket), zip), io.ErrUnexpectedEOF)
+			require.ErrorIs(t, contentOf("b", 100).saveHalf(t.Context(), newStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF)), io.ErrUnexpectedEOF)
 			failed = time.Now()
 		})
-		require.NoError(t, err)
-		requireStored(t, f, a)
+		requireFenced(t, err)
 		require.Less(t, at.Sub(failed), 3*time.Second)
 	})
 }
@@ -322,7 +306,7 @@ func TestSaveForbidden(t *testing.T) {
 		require.Error(t, err)
 		require.Empty(t, l.lines(slog.LevelWarn))
 		require.Empty(t, f.Names())
-		require.Len(t, f.Log(), 2, "the create and the listing")
+		require.Len(t, f.Log(), 1)
 	})
 }
 
@@ -378,18 +362,18 @@ func TestRenewalOfFinished(t *testing.T) {
 	})
 }
 
-// A save that is fenced while its zip trickles in starts over at the next renewal.
+// A save that is deleted while its zip trickles in ends at the next renewal.
 func TestRenewalOfFenced(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 1200)
 		rest := bytes.NewReader(a.zip)
 		time.AfterFunc(10*time.Minute, func() { f.Remove(objectName(extMod)) })
-		time.AfterFunc(11*time.Minute, func() { require.NotNil(t, f.Get(objectName(extMod))) })
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), readFunc(func(p []byte) (int, error) {
+		start := time.Now()
+		requireFenced(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), readFunc(func(p []byte) (int, error) {
 			time.Sleep(time.Second)
 			return rest.Read(p[:1])
 		})))
-		requireStored(t, f, a)
+		require.InDelta(t, 10*60, time.Since(start).Seconds(), DefaultStaleThreshold.Seconds()/renewals+1)
 	})
 }
 
@@ -407,11 +391,11 @@ func TestGiveUp(t *testing.T) {
 			time.AfterFunc(500*time.Millisecond, func() { hook(f) })
 			var log syncedLog
 			start := time.Now()
-			err := contentOf("a", 100).saveFrom(t.Context(), f.storage("a", log.option()), io.MultiReader(sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF)))
+			err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a", log.option()), sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
 			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
 			require.Less(t, time.Since(start), releaseTimeout+2*time.Second)
 			if name == "costs" {
-				require.Len(t, f.Log(), 4, "create, list, .info, give up")
+				require.Len(t, f.Log(), 4, "create, look, .info, give up")
 			}
 			if name != "hangs" {
 				require.Empty(t, log.String())
@@ -426,7 +410,7 @@ func TestCommitOfFinished(t *testing.T) {
 		f.before(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), nil) })
 		a := contentOf("a", 100)
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
-		require.Len(t, f.Log(), 6, "5, and the .mod is read")
+		require.Len(t, f.Log(), 5, "4, and the .mod is read")
 		requireStored(t, f, a)
 	})
 }

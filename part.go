@@ -3,53 +3,67 @@ package gcs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"cloud.google.com/go/storage"
 )
 
-// errCutShort means that an object of this save is there which is not whole.
-var errCutShort = errors.New("the server keeps an upload that was cut short")
+// errTruncated means that an object of this save was stored truncated.
+var errTruncated = errors.New("the server keeps an upload that was cut short")
 
-// upload stores .info or .zip beside the .mod that the lease is for. It replaces old,
-// and then whatever is there in its stead: an object of a save that was presumed
-// dead, or of a request of this save whose answer was lost.
-func (l *lease) upload(ctx context.Context, ext string, old *storage.ObjectAttrs, z *source) error {
-	if err := z.load(ctx); err != nil {
-		return err
-	}
+// upload stores .info or .zip beside the .mod that the lease is for. It replaces *old,
+// and then whatever is found instead: an object of a save that was presumed dead, or of
+// a request of this save whose answer was lost. It leaves in *old what it replaced.
+//
+// A successor's object is never replaced: the condition names one that is older than the
+// lease's own .mod. *old was listed before that .mod was written, and see older.
+func (l *lease) upload(ctx context.Context, ext string, old **storage.ObjectAttrs, z *source) (err error) {
 	start := time.Now()
+	if !z.canRewind() && *old == nil { // what is sent only once must not be refused
+		if *old, err = l.older(ctx, ext); err != nil {
+			return err
+		}
+	}
 	for round := 0; ; round++ {
-		err := l.send(ctx, ext, ifNotReplaced(old), z)
+		err := l.send(ctx, ext, ifNotReplaced(*old), z)
 		if !isPreconditionFailed(err) && !errors.Is(err, errBrokenOff) {
 			return err
 		}
-		// The .mod is read last: if it is still this save's own, the object is not
-		// a successor's.
-		seen, readErr := l.b.attrs(ctx, l.v, ext)
-		if readErr == nil {
-			readErr = l.isHeld(ctx)
-		}
+		seen, readErr := l.older(ctx, ext)
 		switch {
 		case readErr != nil:
 			return readErr
 		case seen != nil && seen.Metadata[keySaveID] == l.id && seen.Size == z.size:
 			return nil
 		case seen != nil && seen.Metadata[keySaveID] == l.id:
-			return errCutShort // and not replaced: somebody may have finished the version
-		case isPreconditionFailed(err) && seen != nil && sameObject(old, seen):
+			return errTruncated // and not replaced: somebody may have finished the version
+		case isPreconditionFailed(err) && seen != nil && sameObject(*old, seen):
 			return err // refused for another reason than its condition
-		case round == maxRefused || !isPreconditionFailed(err) && time.Since(start) >= retryLimit || z.ready() != nil:
+		case round == maxRefused || !isPreconditionFailed(err) && time.Since(start) >= retryLimit:
 			return err
 		}
-		old = seen
+		if rewindErr := z.rewind(); rewindErr != nil {
+			return fmt.Errorf("%w: %w", rewindErr, err)
+		}
+		*old = seen
 	}
+}
+
+// older reads .info or .zip. The .mod is read last: if it is still the lease's own, the
+// object is older, and not a successor's.
+func (l *lease) older(ctx context.Context, ext string) (*storage.ObjectAttrs, error) {
+	seen, err := l.b.attrs(ctx, l.v, ext)
+	if err == nil && seen != nil {
+		err = l.checkHeld(ctx)
+	}
+	return seen, err
 }
 
 // send makes the request, or the requests, of an upload.
 func (l *lease) send(ctx context.Context, ext string, cond storage.Conditions, z *source) error {
 	metadata := map[string]string{keySaveID: l.id, keyGeneration: formatGeneration(l.gen)}
-	if !z.whole {
+	if !z.buffered {
 		return l.b.stream(ctx, l.v, cond, metadata, z)
 	}
 	_, err := l.b.put(ctx, l.v, ext, cond, func() map[string]string { return metadata }, z.head)

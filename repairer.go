@@ -24,42 +24,31 @@ func (s *Storage) Repair(ctx context.Context, module, version string) (State, er
 	err := s.bucket.check(v)
 	state := Absent
 	if err == nil {
-		state, err = s.repair(ctx, v)
+		err = s.bucket.change(ctx, v, nil, func(seen snapshot) (err error) {
+			state, err = s.repair(ctx, v, seen)
+			return err
+		})
 	}
 	return state, c.end(err)
 }
 
-func (s *Storage) repair(ctx context.Context, v ModuleVersion) (State, error) {
-	for round := 0; ; round++ {
-		seen, err := s.bucket.look(ctx, v)
-		if err != nil {
-			return Absent, err
+// repair makes a version right that was listed, unless it has changed since.
+func (s *Storage) repair(ctx context.Context, v ModuleVersion, listed snapshot) (State, error) {
+	seen, state, _, err := s.settle(ctx, v, &listed)
+	if err == nil && (state == Partial || state == Abandoned) {
+		// A listing can miss what comes while it is made.
+		if err = s.bucket.confirm(ctx, v, seen); err == nil {
+			err = s.bucket.removeVersion(ctx, v, seen)
 		}
-		seen, state, _, err := s.resolve(ctx, v, seen)
-		if err != nil {
-			return state, err
-		}
-		if state == Partial || state == Abandoned {
-			// A listing can miss what comes while it is made.
-			again, err := s.bucket.look(ctx, v)
-			if err != nil {
-				return state, err
-			}
-			if !again.equals(seen) {
-				continue
-			}
-			removed, err := s.bucket.removeVersion(ctx, v, seen)
-			if !removed && (err == nil || isPreconditionFailed(err) && round < maxRefused) {
-				continue
-			}
-			if err != nil {
-				return state, err
-			}
+		if err == nil {
 			s.log.InfoContext(ctx, "removed what was left of a version", "module", v.Module, "version", v.Version, "found", state.String())
 			state = Absent
 		}
-		return state, s.removeStaleClaim(ctx, v, seen)
 	}
+	if err != nil {
+		return state, err
+	}
+	return state, s.removeStaleClaim(ctx, v, seen)
 }
 
 // removeStaleClaim deletes a claim that was listed, if it is stale.

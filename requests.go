@@ -91,6 +91,34 @@ func (b *bucket) lookBetween(ctx context.Context, prefix string, first, last Mod
 	return seen, nil
 }
 
+// confirm lists the version again, and returns errChanged unless it is as it was seen.
+func (b *bucket) confirm(ctx context.Context, v ModuleVersion, seen snapshot) error {
+	again, err := b.look(ctx, v)
+	if err == nil && !again.equals(seen) {
+		err = errChanged
+	}
+	return err
+}
+
+// change lists the version, unless that was done already, and makes a change that is
+// conditional on what was seen. When somebody else was faster, it does so again.
+func (b *bucket) change(ctx context.Context, v ModuleVersion, seen *snapshot, request func(snapshot) error) error {
+	for refused := 0; ; refused++ {
+		if seen == nil {
+			now, err := b.look(ctx, v)
+			if err != nil {
+				return err
+			}
+			seen = &now
+		}
+		err := request(*seen)
+		if !isPreconditionFailed(err) && !isAbsent(err) || refused == maxRefused {
+			return err
+		}
+		seen = nil
+	}
+}
+
 // group adds objects to what was seen of their versions.
 func (b *bucket) group(page []*storage.ObjectAttrs, seen map[ModuleVersion]snapshot) {
 	for _, attrs := range page {

@@ -147,7 +147,7 @@ const afterAll = "\xff"
 func (s *Storage) take(open map[ModuleVersion]snapshot, last string) (listed []*listing) {
 	for v, seen := range open {
 		if zip := s.bucket.name(v, extZip); zip <= last {
-			listed = append(listed, &listing{v, seen, s.state(seen), zip})
+			listed = append(listed, &listing{v, seen, s.classify(seen), zip})
 			delete(open, v)
 		}
 	}
@@ -172,9 +172,9 @@ func (s *Storage) confirm(ctx context.Context, prefix string, listed []*listing,
 		listed = slices.DeleteFunc(listed, func(found *listing) bool {
 			before := found.snapshot
 			found.snapshot = seen[found.ModuleVersion]
-			found.state = s.state(found.snapshot)
+			found.state = s.classify(found.snapshot)
 			same := found.equals(before)
-			if same && found.state == Partial && found.whole() {
+			if same && found.state == Partial && found.hasAll() {
 				found.state = Complete // it was copied from another bucket
 			}
 			return same || !inDoubt(found)
@@ -190,13 +190,13 @@ func (s *Storage) completed(ctx context.Context, prefix, after string, size int)
 	// has some before the name after.
 	inDoubt := func(found *listing) bool {
 		cut := found.info == nil && s.bucket.name(found.ModuleVersion, extInfo) < after
-		return found.isUnproved() && (cut || found.state == Partial && found.whole())
+		return found.isUnproved() && (cut || found.state == Partial && found.hasAll())
 	}
 	return func(yield func(ModuleVersion, error) bool) {
 		for found, err := range s.scan(ctx, prefix, after, size, inDoubt) {
 			complete := found.state == Complete
 			if err == nil && found.state == Unfinished {
-				complete, err = s.isComplete(ctx, found.ModuleVersion, found.snapshot)
+				_, complete, err = s.isComplete(ctx, found.ModuleVersion, &found.snapshot)
 			}
 			if (complete || err != nil) && !yield(found.ModuleVersion, err) {
 				return

@@ -9,11 +9,11 @@ import (
 )
 
 const (
-	// maxWhole is the largest zip that is held in memory as a whole, which spares
+	// maxBuffered is the largest zip that is held in memory as a whole, which spares
 	// it the chunk and allows it to be sent twice.
-	maxWhole = 1 << 20
-	// blockSize is what a zip is read by.
-	blockSize = 32 << 10
+	maxBuffered = 1 << 20
+	// minBuffer is how much of a zip is read first.
+	minBuffer = 32 << 10
 	// maxEmptyReads is how many reads in a row may return nothing.
 	maxEmptyReads = 100
 )
@@ -27,9 +27,8 @@ type source struct {
 	limit int    // how large a small zip may be
 	start int64  // where the zip starts in a reader that can seek, -1 in another
 
-	head     []byte // bytes that are read ahead and not sent; all of the file if whole
-	whole    bool   // head is the whole file
-	consumed bool   // bytes beyond head have been read
+	head     []byte // bytes that are read ahead and not sent; all of the file if buffered
+	buffered bool   // head is the whole file
 	read     int64  // bytes read since the start of the zip
 	size     int64  // of the zip when it was last read to its end, -1 before
 	err      error  // what the reader or the check failed with
@@ -51,29 +50,28 @@ func newSource(r io.Reader, sum []byte, limit int) *source {
 
 // bytesSource returns the source of a file that is in memory.
 func bytesSource(b []byte) *source {
-	return &source{head: b, whole: true, size: int64(len(b))}
+	return &source{head: b, buffered: true, size: int64(len(b))}
 }
 
-// load reads ahead, once, and checks a small zip. If the context ends, the next
-// load goes on where this one was.
+// load reads the head, and checks a small zip. It is called once, before anything is
+// written.
 func (z *source) load(ctx context.Context) error {
-	for !z.whole && !z.consumed && z.err == nil {
+	for len(z.head) <= z.limit {
 		if len(z.head) == cap(z.head) {
-			size := min(max(blockSize, 8*cap(z.head)), z.limit+1)
+			size := min(max(minBuffer, 8*cap(z.head)), z.limit+1)
 			z.head = append(make([]byte, 0, size), z.head...)
 		}
 		n, err := z.fill(ctx, z.head[len(z.head):cap(z.head)])
 		z.head = z.head[:len(z.head)+n]
 		if err == io.EOF {
-			z.whole = true
+			z.buffered = true
 			return z.check()
 		}
 		if err != nil {
 			return err
 		}
-		z.consumed = len(z.head) > z.limit
 	}
-	return z.err
+	return nil
 }
 
 // check compares the hash of a zip in memory with what it must be.
@@ -116,20 +114,13 @@ func (z *source) fill(ctx context.Context, p []byte) (n int, err error) {
 	return n, nil
 }
 
-// copyTo passes the whole zip to write.
-func (z *source) copyTo(ctx context.Context, write func([]byte) error) error {
-	head := z.head
-	z.head = nil
-	if len(head) > 0 {
-		if err := write(head); err != nil {
-			return err
-		}
-	}
-	block := make([]byte, blockSize)
+// copyTo passes the whole zip to write. The buffer of the head serves for the rest.
+func (z *source) copyTo(ctx context.Context, write func([]byte) error) (err error) {
+	block := z.head
+	z.head = block[:0]
 	for {
-		n, err := z.fill(ctx, block)
-		if n > 0 {
-			if err := write(block[:n]); err != nil {
+		if len(block) > 0 {
+			if err := write(block); err != nil {
 				return err
 			}
 		}
@@ -139,12 +130,18 @@ func (z *source) copyTo(ctx context.Context, write func([]byte) error) error {
 		if err != nil {
 			return err
 		}
+		var n int
+		n, err = z.fill(ctx, block[:cap(block)])
+		block = block[:n]
 	}
 }
 
-// ready makes the source ready to be sent, again if need be, or says why it cannot.
-func (z *source) ready() error {
-	if z.err != nil || !z.consumed {
+// canRewind reports whether the zip can be sent more than once.
+func (z *source) canRewind() bool { return z.buffered || z.start >= 0 }
+
+// rewind makes the source ready to be sent again, or says why it cannot.
+func (z *source) rewind() error {
+	if z.err != nil || z.buffered {
 		return z.err
 	}
 	if z.start < 0 {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"cloud.google.com/go/storage"
@@ -18,8 +19,12 @@ type Stasher interface {
 	Stash(ctx context.Context, module, version string) (string, error)
 }
 
-// maxWait bounds how long a flight waits for others.
-const maxWait = 15 * time.Minute
+const (
+	// maxWait bounds how long a flight waits for others.
+	maxWait = 15 * time.Minute
+	// claimsRetry is how long a Storage does without claims that it may not create.
+	claimsRetry = 10 * time.Minute
+)
 
 // SingleFlight returns a Stasher that calls next once where many want the same
 // version at the same time: in this process, and on all machines that share the
@@ -55,7 +60,7 @@ func (s *Storage) SingleFlight(next Stasher) Stasher {
 	if next == nil {
 		panic("gcs: SingleFlight: next is nil")
 	}
-	return &singleFlight{s: s, next: next}
+	return &singleFlight{s: s, next: next, callers: map[string]int{}}
 }
 
 // singleFlight is the Stasher that SingleFlight returns.
@@ -63,14 +68,24 @@ type singleFlight struct {
 	s       *Storage
 	next    Stasher
 	flights singleflight.Group
+
+	mu      sync.Mutex
+	callers map[string]int // how many wait, by the flight; guarded by mu
 }
 
 func (sf *singleFlight) Stash(ctx context.Context, module, version string) (string, error) {
 	v := ModuleVersion{module, version}
 	ctx, c := sf.s.begin(ctx, "Stash", v)
 	flightCtx := context.WithoutCancel(ctx)
-	done := sf.flights.DoChan(module+"\x00"+version, func() (any, error) {
-		return sf.run(flightCtx, v)
+	key := module + "\x00" + version
+	sf.count(key, 1)
+	defer sf.count(key, -1)
+	done := sf.flights.DoChan(key, func() (any, error) {
+		saved, err := sf.run(flightCtx, v)
+		if err != nil && sf.count(key, 0) == 0 {
+			sf.s.log.WarnContext(flightCtx, "a fetch failed that nobody waits for", "module", module, "version", version, "error", err)
+		}
+		return saved, err
 	})
 	select {
 	case result := <-done:
@@ -80,6 +95,18 @@ func (sf *singleFlight) Stash(ctx context.Context, module, version string) (stri
 	case <-ctx.Done():
 		return "", c.end(ctx.Err())
 	}
+}
+
+// count adds to the number of a flight's callers, and returns it.
+func (sf *singleFlight) count(key string, change int) int {
+	sf.mu.Lock()
+	defer sf.mu.Unlock()
+	sf.callers[key] += change
+	n := sf.callers[key]
+	if n == 0 {
+		delete(sf.callers, key)
+	}
+	return n
 }
 
 // run calls next for a version that is neither complete nor another's to fetch.
@@ -111,9 +138,19 @@ func (sf *singleFlight) run(ctx context.Context, v ModuleVersion) (string, error
 	return sf.fetch(ctx, v)
 }
 
+// errGoexit is the error of a next that did not return.
+var errGoexit = errors.New("the Stasher ended its goroutine with runtime.Goexit")
+
 // fetch calls next, and takes for success that somebody else has succeeded.
 func (sf *singleFlight) fetch(ctx context.Context, v ModuleVersion) (string, error) {
-	saved, err := sf.next.Stash(ctx, v.Module, v.Version)
+	var saved string
+	err := errGoexit
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		saved, err = sf.next.Stash(ctx, v.Module, v.Version)
+	}()
+	<-done
 	var e *Error
 	if errors.As(err, &e) && e.Kind == KindAlreadyExists {
 		return cmp.Or(e.Version, saved, v.Version), nil
@@ -143,18 +180,24 @@ func (f *flight) await(ctx context.Context) (held, complete bool, err error) {
 		return false, false, err
 	}
 	f.lease = f.s.newLease(f.v, extClaim, nil, f.s.claimThreshold())
+	// Whoever asks has just missed the version in the bucket. The look comes after the
+	// claim: whoever held the claim before may have stored the version.
+	err = f.acquire(ctx, nil)
 	for refused := 0; ; {
-		seen, err := f.s.bucket.look(ctx, f.v)
+		if isPreconditionFailed(err) && refused < maxRefused {
+			refused, err = refused+1, nil
+		}
+		var seen snapshot
 		if err == nil {
-			complete, err = f.s.isComplete(ctx, f.v, seen)
+			seen, complete, err = f.s.isComplete(ctx, f.v, nil)
 		}
 		if err != nil || complete {
 			f.cleanUp(ctx, seen, complete)
 			return false, complete, err
 		}
-		held := f.lease.recover(seen.claim)
+		held := f.lease.adopt(seen.claim)
 		switch {
-		case f.s.state(seen) == InProgress:
+		case f.s.classify(seen) == InProgress:
 			// Its saver renews its marker. To wait with a claim would mean to renew
 			// that too.
 			if held {
@@ -171,15 +214,7 @@ func (f *flight) await(ctx context.Context) (held, complete bool, err error) {
 			f.awaited = seen.claim
 			err = f.waiter.pause(ctx, "fetch", seen.claim, f.s.claimThreshold())
 		default:
-			// When it is acquired, look again: the version may have been stored since.
 			err = f.acquire(ctx, seen.claim)
-			if isPreconditionFailed(err) && refused < maxRefused {
-				refused, err = refused+1, nil
-			}
-		}
-		if err != nil {
-			f.cleanUp(ctx, snapshot{}, false)
-			return false, false, err
 		}
 	}
 }
@@ -192,15 +227,20 @@ func (f *flight) holderFailed(now *storage.ObjectAttrs) bool {
 }
 
 // acquire claims the version, over a claim that is stale. If claims are not
-// permitted, it makes this Storage do without them.
+// permitted, it makes this Storage do without them for a while.
 func (f *flight) acquire(ctx context.Context, stale *storage.ObjectAttrs) error {
+	if f.s.noClaims.Load() {
+		return nil
+	}
 	err := f.lease.acquire(ctx, stale)
 	switch {
 	case isForbidden(err):
-		f.forbidden(ctx, err)
+		if f.forbid(ctx, err) {
+			time.AfterFunc(claimsRetry, func() { f.s.noClaims.Store(false) })
+		}
 		return nil
 	case err == nil:
-		f.s.tookOver(ctx, f.v, "fetch", stale)
+		f.s.tellTakeover(ctx, f.v, "fetch", stale)
 	}
 	return err
 }
@@ -208,7 +248,7 @@ func (f *flight) acquire(ctx context.Context, stale *storage.ObjectAttrs) error 
 // cleanUp leaves no claim behind: neither this flight's, nor a stale one that it met.
 // A claim that may still arrive beside a complete version delays nobody.
 func (f *flight) cleanUp(ctx context.Context, seen snapshot, complete bool) {
-	if f.lease.recover(seen.claim) || !complete && f.lease.sent > 0 {
+	if f.lease.adopt(seen.claim) || !complete && f.lease.unanswered > 0 {
 		f.deleteClaim(ctx)
 		return
 	}
@@ -222,24 +262,31 @@ func (f *flight) cleanUp(ctx context.Context, seen snapshot, complete bool) {
 func (f *flight) deleteClaim(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
 	defer cancel()
-	held, err := f.lease.fenceLateAcquire(ctx, newSaveID())
+	l := f.lease.insistent()
+	held, err := l.fenceLateAcquire(ctx, newSaveID())
 	if held && err == nil {
-		err = f.s.bucket.remove(ctx, f.v, extClaim, ifNotReplaced(&storage.ObjectAttrs{Generation: f.lease.gen}))
+		cond := storage.Conditions{GenerationMatch: l.gen}
+		if err = f.s.bucket.remove(ctx, f.v, extClaim, cond); err != nil && !isForbidden(err) {
+			err = l.b.remove(ctx, f.v, extClaim, cond)
+		}
 	}
 	switch {
 	case err == nil || isPreconditionFailed(err):
-	case isForbidden(err):
-		f.forbidden(ctx, errors.Join(err, f.lease.release(ctx, false)))
+	case isForbidden(err): // for good: each claim would stay
+		f.forbid(ctx, errors.Join(err, l.release(ctx, false)))
 	default:
 		f.s.log.WarnContext(ctx, "could not delete a claim: others have to wait until it is stale",
 			"module", f.v.Module, "version", f.v.Version, "error", err)
 	}
 }
 
-// forbidden makes the Storage do without claims from now on.
-func (f *flight) forbidden(ctx context.Context, err error) {
-	if !f.s.noClaims.Swap(true) {
+// forbid makes the Storage do without claims from now on. It reports whether the
+// Storage has used them so far.
+func (f *flight) forbid(ctx context.Context, err error) bool {
+	used := !f.s.noClaims.Swap(true)
+	if used {
 		f.s.log.WarnContext(ctx, "the bucket does not permit claims: every machine fetches for itself",
 			"module", f.v.Module, "version", f.v.Version, "error", err)
 	}
+	return used
 }

@@ -283,8 +283,8 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 		"at the claim's delete": {time.Hour, on("delete", extClaim)},
 	} {
 		for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
-			if vers == "master" && (name == "at the claim" || name == "at the claim's delete") {
-				continue // it has none
+			if vers == "master" && (name == "at the first list" || name == "at the claim" || name == "at the claim's delete") {
+				continue // it makes no such request
 			}
 			t.Run(name+" of "+vers, func(t *testing.T) {
 				inFleet(t, func(t *testing.T, f *fakeGCS) {
@@ -374,9 +374,9 @@ func TestSingleFlightFinds(t *testing.T) {
 		calls, requests int
 	}
 	forNamed(t, inFleet, map[string]testCase{
-		"complete":   {objects{extInfo: saved, extZip: saved, extMod: nil}, 0, 1},
-		"unfinished": {objects{extInfo: saved, extZip: saved, extMod: marked(givenUp, "dead")}, 0, 2},
-		"old Athens": {objects{extInfo: nil, extZip: nil, extMod: {keyInProgressOld: "true"}}, 0, 2},
+		"complete":   {objects{extInfo: saved, extZip: saved, extMod: nil}, 0, 3},
+		"unfinished": {objects{extInfo: saved, extZip: saved, extMod: marked(givenUp, "dead")}, 0, 4},
+		"old Athens": {objects{extInfo: nil, extZip: nil, extMod: {keyInProgressOld: "true"}}, 0, 4},
 		"partial":    {objects{extMod: nil, extInfo: nil}, 1, 0},
 		"given up":   {objects{extMod: marked(givenUp, "dead")}, 1, 0},
 		"abandoned":  {objects{extMod: marked(givenUp, "dead"), extZip: nil, extInfo: nil}, 1, 0},
@@ -408,7 +408,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		after, until time.Duration
 	}
 	forNamed(t, inFleet, map[string]testCase{
-		"done":  {bytes.NewReader(contentOf(testVersion, 100).zip), false, 0, 20 * time.Second, 23 * time.Second},
+		"done":  {bytes.NewReader(contentOf(testVersion, 100).zip[2:]), false, 0, 20 * time.Second, 23 * time.Second},
 		"fails": {iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
 		"dies":  {bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
@@ -416,8 +416,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		saver := f.Machine("saver")
 		ctx, cancel := context.WithCancel(t.Context())
 		group.Go(func() {
-			zip := io.MultiReader(sleepReader(20*time.Second), test.zip)
-			contentOf(testVersion, 100).saveFrom(ctx, newStorage(saver.Bucket), zip)
+			contentOf(testVersion, 100).saveHalf(ctx, newStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
 		})
 		time.Sleep(time.Second)
 		if test.crash {
@@ -532,8 +531,8 @@ func TestSingleFlightErrors(t *testing.T) {
 	}
 }
 
-// If next ends its goroutine, its callers wait for as long as they like. The claim
-// is given back, and who comes next flies anew.
+// If next ends its goroutine, its callers are told so. The claim is given back, and who
+// comes next flies anew.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var calls atomic.Int64
@@ -543,8 +542,8 @@ func TestSingleFlightNextExits(t *testing.T) {
 			return "", nil
 		}))
 		for i, vers := range []string{"master", testVersion, testVersion} {
-			_, err := stasher.Stash(within(t, time.Minute), testModule, vers)
-			require.ErrorIs(t, err, context.DeadlineExceeded)
+			_, err := stasher.Stash(t.Context(), testModule, vers)
+			require.ErrorIs(t, err, errGoexit)
 			require.EqualValues(t, i+1, calls.Load())
 			require.Empty(t, locks(f))
 		}
@@ -695,8 +694,7 @@ func TestSingleFlightSlowSaveFails(t *testing.T) {
 		}
 		stash("a", func(ctx context.Context, s *Storage) error {
 			time.Sleep(time.Second)
-			zip := io.MultiReader(sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
-			return contentOf("a", 100).saveFrom(ctx, s, zip)
+			return contentOf("a", 100).saveHalf(ctx, s, sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
 		})
 		time.Sleep(late)
 		for _, machine := range []string{"b", "c", "d"} {
@@ -1120,7 +1118,7 @@ func TestSingleFlightFaults(t *testing.T) {
 						time.Sleep(releaseTimeout) // a flight without callers ends
 						require.Equal(t, 1, o.total(), "at request %d", n)
 					})
-					require.True(t, met || n > 8)
+					require.True(t, met || n > 7)
 				}
 			})
 		}
@@ -1215,9 +1213,9 @@ func TestSingleFlightCost(t *testing.T) {
 		before, after, serial int
 	}
 	forNamed(t, inFleet, map[string]testCase{
-		"new version":                           {testVersion, false, false, 3, 1, 4 + 3},
-		"complete version":                      {testVersion, true, false, 1, 0, 1},
-		"complete version beside a stale claim": {testVersion, true, true, 2, 0, 2},
+		"new version":                           {testVersion, false, false, 2, 1, 3 + 3},
+		"complete version":                      {testVersion, true, false, 3, 0, 3},
+		"complete version beside a stale claim": {testVersion, true, true, 3, 0, 3},
 		"query":                                 {"master", false, false, 0, 0, 3},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
 		o := &origin{}

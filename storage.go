@@ -184,8 +184,8 @@ func (s *Storage) staleThreshold() time.Duration { return time.Duration(s.thresh
 // fetches has stored nothing yet, so a wrong guess costs less than a save's.
 func (s *Storage) claimThreshold() time.Duration { return s.staleThreshold() / claimFraction }
 
-// state judges a snapshot by this machine's clock.
-func (s *Storage) state(seen snapshot) State { return seen.state(s.now(), s.staleThreshold()) }
+// classify judges a snapshot by this machine's clock.
+func (s *Storage) classify(seen snapshot) State { return seen.classify(s.now(), s.staleThreshold()) }
 
 // newLease returns a lease that holds nothing yet.
 func (s *Storage) newLease(v ModuleVersion, ext string, body []byte, threshold time.Duration) lease {

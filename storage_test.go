@@ -219,6 +219,6 @@ func TestCallersRetrySettings(t *testing.T) {
 		require.NoError(t, err)
 		returns(t, c.zip)(io.ReadAll(zip))
 		require.NoError(t, zip.Close())
-		require.Equal(t, map[string]bool{"insert": true, "list": true, "start": true, "chunk": true, "patch": true, "get": true}, failed)
+		require.Equal(t, map[string]bool{"insert": true, "attrs": true, "start": true, "chunk": true, "patch": true, "get": true}, failed)
 	})
 }

@@ -267,7 +267,6 @@ func TestSavesByOutcome(t *testing.T) {
 			require.Error(t, s.Save(t.Context(), "", "", nil, nil, nil, nil))
 			want[outcomeFailed]++
 			require.Equal(t, want, w.saves())
-			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		}
 		require.Equal(t, []string{"stored", "existed", "healed", "finished another's", "failed"},
 			[]string{outcomeStored, outcomeExisted, outcomeHealed, outcomeFinished, outcomeFailed})
@@ -419,7 +418,7 @@ func TestStuckMarkerIsLogged(t *testing.T) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.update")
 		s := f.storage("a", log.option())
-		requireKind(t, contentOf("a", 100).saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
+		requireKind(t, contentOf("a", 100).saveHalf(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "could not give a marker up")
 		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
@@ -474,7 +473,6 @@ func TestNothingIsLogged(t *testing.T) {
 			require.Equal(t, kind, Kind(everyCall(s)["Delete"](t.Context())))
 		}
 		requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected) // the caller knows
-		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		errs, _ := stashAll(t, newFleet(f, &origin{takes: 4 * time.Second}, 3, option), 0)
 		requireNoErrors(t, errs)
 		require.Empty(t, log.String())

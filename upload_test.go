@@ -201,7 +201,7 @@ func TestOwnObjectCutShort(t *testing.T) {
 		})
 		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, errCutShort)
+		require.ErrorIs(t, err, errTruncated)
 		require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
 		requireSavableAtOnce(t, f)
 	})

@@ -128,7 +128,7 @@ func (s *snapshot) slot(ext string) **storage.ObjectAttrs {
 
 func (s snapshot) empty() bool { return s.info == nil && s.mod == nil && s.zip == nil }
 
-func (s snapshot) whole() bool { return s.info != nil && s.mod != nil && s.zip != nil }
+func (s snapshot) hasAll() bool { return s.info != nil && s.mod != nil && s.zip != nil }
 
 // equals reports whether two listings in a row showed the same version. If they
 // did, all of it was there at the moment between them.
@@ -180,26 +180,26 @@ func (s *State) UnmarshalText(word []byte) error {
 	return nil
 }
 
-// state judges the snapshot at the time now of the local clock. The clock tells
+// classify judges the snapshot at the time now of the local clock. The clock tells
 // only InProgress from Abandoned and Unfinished, and whatever is done about these
 // is conditional on the generations in the snapshot.
 //
 // Complete is certain from one listing. If .info or .zip names another .mod than
 // the one listed, the listing may have met a save half-way: it is Partial, and
-// Complete only if a second listing shows the same (see resolve).
-func (s snapshot) state(now time.Time, threshold time.Duration) State {
+// Complete only if a second listing shows the same (see inspect).
+func (s snapshot) classify(now time.Time, threshold time.Duration) State {
 	if s.empty() {
 		return Absent
 	}
 	m, marked := readMarker(s.mod)
 	switch {
-	case !marked && s.whole() && s.named():
+	case !marked && s.hasAll() && s.named():
 		return Complete
 	case !marked:
 		return Partial
 	case m.isFresh(now, threshold):
 		return InProgress
-	case s.whole() && s.oneSave():
+	case s.hasAll() && s.oneSave():
 		return Unfinished
 	default:
 		return Abandoned

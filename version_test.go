@@ -234,7 +234,7 @@ func TestNamed(t *testing.T) {
 			}
 			s.mod.Metadata[keyInProgress] = marker
 			(*s.slot(ext)).Metadata[keyGeneration] = "2"
-			require.Equal(t, state, s.state(time.Now(), DefaultStaleThreshold), ext)
+			require.Equal(t, state, s.classify(time.Now(), DefaultStaleThreshold), ext)
 		}
 	}
 }

@@ -12,26 +12,11 @@ const tellAfter = 5 * time.Second
 
 // A waiter makes the pauses of one call that waits for another's save or fetch.
 type waiter struct {
-	s      *Storage
-	v      ModuleVersion
-	fenced bool // the call has held the version before
+	s *Storage
+	v ModuleVersion
 
-	start   time.Time // of the first pause
-	told    bool
-	last    *storage.ObjectAttrs // the awaited object as it was last seen to change
-	changed time.Time            // when
-}
-
-// mustWait reports whether the object's marker is to be believed: it is fresh, or it
-// looks stale and the call was fenced. Two calls that each think the other dead would
-// take over from each other for ever. So a call that was fenced waits until the object
-// has not changed for the threshold.
-func (w *waiter) mustWait(object *storage.ObjectAttrs, state State) bool {
-	if !sameObject(w.last, object) {
-		w.last, w.changed = object, time.Now()
-	}
-	m, _ := readMarker(object)
-	return state == InProgress || w.fenced && !m.isGivenUp() && time.Since(w.changed) < w.s.staleThreshold()
+	start time.Time // of the first pause
+	told  bool
 }
 
 // pause waits until it is worth looking again at the object, whose marker another
@@ -68,14 +53,14 @@ func (s *Storage) pollPause(waited time.Duration) time.Duration {
 	return pause - s.bucket.rand(pause/20)
 }
 
-// tookOver tells of a marker that was taken over because its holder stopped
+// tellTakeover tells of a marker that was taken over because its holder stopped
 // renewing it. A holder that gave its marker up is no reason to tell.
-func (s *Storage) tookOver(ctx context.Context, v ModuleVersion, what string, from *storage.ObjectAttrs) {
+func (s *Storage) tellTakeover(ctx context.Context, v ModuleVersion, what string, from *storage.ObjectAttrs) {
 	m, _ := readMarker(from)
 	if m.isGivenUp() {
 		return
 	}
 	s.telemetry.takeovers.Add(ctx, 1)
 	s.log.WarnContext(ctx, "took over from a "+what+" that stopped renewing its marker",
-		"module", v.Module, "version", v.Version, "age", s.now().Sub(m.renewed).Round(time.Millisecond))
+		"module", v.Module, "version", v.Version, "age", s.now().Sub(m.renewed).Round(time.Millisecond).String())
 }

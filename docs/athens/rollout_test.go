@@ -152,6 +152,7 @@ type order struct{ firstMod, library, exists, libraryClient, upstreamClient, rem
 func runOrder(t *testing.T, choose func(n int) int) (o order) {
 	synctest.Test(t, func(t *testing.T) {
 		bucket := fakegcs.New()
+		defer time.Sleep(time.Minute) // calls that go on give up
 		defer bucket.Close()
 		g := &gate{}
 		bucket.OnRequest(g.hold)
@@ -324,6 +325,7 @@ func TestDeaths(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					again := func() (*fakegcs.Server, string) { return leave(t, dead.name, dead.save, n, last) }
 					bucket, left := again()
+					defer time.Sleep(time.Minute)
 					defer bucket.Close()
 					if left == "" || seen[left] {
 						return
