@@ -22,7 +22,7 @@ const (
 var (
 	// errFenced means that the object is no longer the lease's own. Nothing that
 	// this holder sends can change it.
-	errFenced = errors.New("fenced: somebody else has taken the version over or deleted it")
+	errFenced = errors.New("fenced: another save took the version over, or it was deleted")
 	// errCommitted means that the marker is gone from the lease's own object: the
 	// version is committed.
 	errCommitted = errors.New("the marker is already cleared")
@@ -83,15 +83,6 @@ func (l *lease) adopt(attrs *storage.ObjectAttrs) bool {
 // owns reports whether the object is the one that the lease is for.
 func (l *lease) owns(attrs *storage.ObjectAttrs) bool {
 	return attrs != nil && attrs.Generation == l.gen
-}
-
-// checkHeld reads the object and returns errFenced unless it is still the lease's own.
-func (l *lease) checkHeld(ctx context.Context) error {
-	attrs, err := l.b.attrs(ctx, l.v, l.ext)
-	if err == nil && !l.owns(attrs) {
-		err = errFenced
-	}
-	return err
 }
 
 // change makes a request that changes the object's metadata. It returns errFenced

@@ -54,8 +54,12 @@ func (l *lease) upload(ctx context.Context, ext string, old **storage.ObjectAttr
 // object is older, and not a successor's.
 func (l *lease) older(ctx context.Context, ext string) (*storage.ObjectAttrs, error) {
 	seen, err := l.b.attrs(ctx, l.v, ext)
-	if err == nil && seen != nil {
-		err = l.checkHeld(ctx)
+	if err != nil || seen == nil {
+		return nil, err
+	}
+	mod, err := l.b.attrs(ctx, l.v, l.ext)
+	if err == nil && !l.owns(mod) {
+		err = errFenced
 	}
 	return seen, err
 }

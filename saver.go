@@ -136,9 +136,8 @@ func (g *saving) steps(ctx context.Context) error {
 // acquire makes the live .mod this save's own, unless another save is at work, for
 // which it waits. It returns errExists when the version is complete.
 func (g *saving) acquire(ctx context.Context) error {
-	err := g.lease.acquire(ctx, nil) // most versions are new
-	if !isPreconditionFailed(err) {
-		return err
+	if err := g.lease.acquire(ctx, nil); !isPreconditionFailed(err) {
+		return err // nil for most versions, which are new
 	}
 	for refused := 0; ; {
 		seen, state, finished, err := g.s.settle(ctx, g.v, nil)
@@ -212,7 +211,7 @@ func (g *saving) awaitSuccessor(ctx context.Context) error {
 		if !sameObject(last, seen.mod) {
 			last, changed = seen.mod, time.Now()
 		}
-		m, _ := readMarker(seen.mod)
+		m, marked := readMarker(seen.mod)
 		switch {
 		case err != nil:
 			return err
@@ -220,12 +219,8 @@ func (g *saving) awaitSuccessor(ctx context.Context) error {
 			return errFinished
 		case state == Complete:
 			return errExists
-		case seen.mod == nil:
-			return fmt.Errorf("%w: its .mod is gone", errFenced)
-		case m.isGivenUp():
-			return fmt.Errorf("%w, and the other save failed too", errFenced)
-		case time.Since(changed) >= g.s.staleThreshold():
-			return fmt.Errorf("%w, and nothing has changed since for %v", errFenced, g.s.staleThreshold())
+		case seen.mod == nil || marked && m.isGivenUp() || time.Since(changed) >= g.s.staleThreshold():
+			return fmt.Errorf("%w; it is %v now", errFenced, state)
 		}
 		if err := g.waiter.pause(ctx, "save", seen.mod, g.s.staleThreshold()); err != nil {
 			return err
@@ -234,22 +229,20 @@ func (g *saving) awaitSuccessor(ctx context.Context) error {
 }
 
 // release gives the version up after a failure, unless it is complete. It returns the
-// save's error, or nil if somebody has found all three objects of this save, and cleared
-// the marker.
+// save's error, or that of the zip alone, if any, if somebody has found all three objects
+// of this save, and cleared the marker.
 func (g *saving) release(ctx context.Context, err error) error {
 	if err == nil || errors.Is(err, errExists) || errors.Is(err, errFinished) {
 		return err
 	}
-	var releaseErr error
+	releaseErr := err
 	if !errors.Is(err, errCommitted) {
 		releaseErr = g.lease.release(ctx, g.stored)
 	}
-	switch {
-	case errors.Is(err, errCommitted), errors.Is(releaseErr, errCommitted):
-		if g.zip.err == nil {
-			return nil
-		}
-	case releaseErr != nil:
+	if errors.Is(releaseErr, errCommitted) {
+		return g.zip.err
+	}
+	if releaseErr != nil {
 		g.s.log.WarnContext(ctx, "could not give a marker up: the next save has to wait until it is stale",
 			"module", g.v.Module, "version", g.v.Version, "error", releaseErr)
 	}
