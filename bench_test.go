@@ -44,7 +44,7 @@ var backends = []struct {
 	name string
 	on   func(*storage.BucketHandle) backend
 }{
-	{"gcs", func(b *storage.BucketHandle) backend { return newStorage(b) }},
+	{"gcs", func(b *storage.BucketHandle) backend { return NewStorage(b) }},
 	{"baseline", func(b *storage.BucketHandle) backend { return baseline{b} }},
 }
 
@@ -243,7 +243,7 @@ func BenchmarkListing(b *testing.B) {
 					return measure(f, func() { fatal(t, do(t.Context())) })
 				})
 				bucket := startServer(b, state, n)
-				do := everyCall(newStorage(bucket))[call]
+				do := everyCall(NewStorage(bucket))[call]
 				ratio := pairs(b, 0, func() { fatal(b, do(b.Context())) }, func() {
 					q := &storage.Query{Projection: storage.ProjectionNoACL}
 					q.SetAttrSelection([]string{"Name", "Size", "Generation", "Metageneration", "Metadata", "Created", "Updated"})
@@ -282,7 +282,7 @@ func BenchmarkScanLarge(b *testing.B) {
 	for kind, files := range map[string]int{"lean": 3, "lean, partial": 2} {
 		for _, objects := range []int{10_000, 1_000_000} {
 			b.Run(fmt.Sprintf("%s/%d", kind, objects), func(b *testing.B) {
-				s, peak, n := newStorage(startServer(b, kind, objects/files)), uint64(0), 0
+				s, peak, n := NewStorage(startServer(b, kind, objects/files)), uint64(0), 0
 				b.ReportAllocs()
 				for b.Loop() {
 					for _, err := range s.Scan(b.Context(), "") {

@@ -101,7 +101,7 @@ func TestBudgetListBytes(t *testing.T) {
 			})
 		}
 		bucket := f.Machine("a").Bucket
-		ours, defaults := list(newStorage(bucket), testModule), list(baseline{bucket}, testModule)
+		ours, defaults := list(NewStorage(bucket), testModule), list(baseline{bucket}, testModule)
 		require.Less(t, ours.received, defaults.received/4)
 	})
 }
@@ -128,7 +128,7 @@ func TestBudgetMemory(t *testing.T) {
 			client, err := storage.NewClient(t.Context(), option.WithHTTPClient(&http.Client{Transport: drain{}}), option.WithoutAuthentication())
 			require.NoError(t, err)
 			defer client.Close()
-			s := newStorage(client.Bucket(fakegcs.Bucket), test.opts...)
+			s := NewStorage(client.Bucket(fakegcs.Bucket), test.opts...)
 			mod, info := []byte("module a"), []byte("{}")
 			h := md5.New()
 			io.Copy(h, newPattern(test.size))

@@ -84,7 +84,7 @@ func TestDeleteCrashes(t *testing.T) {
 					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 					doomed := f.Machine("doomed")
 					f.fault(fault, nth("doomed", n))
-					err := newStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
+					err := NewStorage(doomed.Bucket).Delete(within(t, time.Minute), testModule, testVersion)
 					requireError(t, err, KindGatewayTimeout, "gcs.Delete", testModule, testVersion)
 
 					// The second request deletes the .mod.

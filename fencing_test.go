@@ -75,7 +75,7 @@ func TestSleeperWakesDuringTakeover(t *testing.T) {
 		})
 		var group sync.WaitGroup
 		group.Go(func() {
-			s := newStorage(sleeper.Bucket, WithChunkSize(faultChunk))
+			s := NewStorage(sleeper.Bucket, WithChunkSize(faultChunk))
 			requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)

@@ -213,7 +213,7 @@ func TestZipClosedEarly(t *testing.T) {
 // A missing bucket holds no object.
 func TestReadMissingBucket(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := newStorage(f.Machine("lost").Client.Bucket("other"))
+		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
 		_, err := s.Info(t.Context(), "m", "v1.0.0")
 		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})

@@ -30,7 +30,7 @@ func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 			bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 				m := f.Register("m")
 				connect(m)
-				test(t, f, newStorage(m.Bucket))
+				test(t, f, NewStorage(m.Bucket))
 			})
 		})
 	}

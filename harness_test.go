@@ -18,7 +18,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
@@ -34,13 +33,9 @@ func TestMain(m *testing.M) {
 	m.Run()
 }
 
-func newStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
-	return NewStorage(bucket, opts...)
-}
-
 // storage returns a Storage on a machine of its own.
 func (f *fakeGCS) storage(machine string, opts ...Option) *Storage {
-	return newStorage(f.Machine(machine).Bucket, opts...)
+	return NewStorage(f.Machine(machine).Bucket, opts...)
 }
 
 // What most tests save.
@@ -180,6 +175,15 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
+// together runs n goroutines, and returns when all have ended.
+func together(n int, do func(i int)) {
+	var group sync.WaitGroup
+	for i := range n {
+		group.Go(func() { do(i) })
+	}
+	group.Wait()
+}
+
 // returns checks the result of a call that must not fail.
 func returns[T any](t *testing.T, want T) func(got T, err error) {
 	return func(got T, err error) {
@@ -207,7 +211,7 @@ func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op
 func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
 	m := f.Register("behind")
 	m.Connect(editTransport{m, edit})
-	return newStorage(m.Bucket)
+	return NewStorage(m.Bucket)
 }
 
 // answer is a refusal, as GCS words it.
@@ -239,7 +243,7 @@ func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
 	m := f.Register("missing")
 	m.Connect(&missingOnce{RoundTripper: m, name: objectName(ext)})
-	return newStorage(m.Bucket)
+	return NewStorage(m.Bucket)
 }
 
 // missingOnce leaves an object out of the first listing.

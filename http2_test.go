@@ -64,7 +64,7 @@ func overHTTP2(t *testing.T, f *fakeGCS, resets func() bool, opts ...Option) *St
 	t.Cleanup(server.Close)
 	m := f.Register("a")
 	m.Connect(m.Over(server.Client().Transport), option.WithEndpoint(server.URL+"/storage/v1/"))
-	s := newStorage(m.Bucket, opts...)
+	s := NewStorage(m.Bucket, opts...)
 	s.bucket.rand = func(time.Duration) time.Duration { return 0 } // no pause before a request is made again
 	return s
 }

@@ -186,7 +186,7 @@ func TestNextSaveCommits(t *testing.T) {
 func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (at time.Time, err error) {
 	t.Helper()
 	machine, b := f.Machine("a"), f.Machine("b")
-	s := newStorage(machine.Bucket)
+	s := NewStorage(machine.Bucket)
 	s.now = func() time.Time { return time.Now().Add(time.Hour) }
 	var sleep sync.Once
 	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
@@ -217,7 +217,7 @@ func TestFencedIsPatient(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		_, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			require.NoError(t, b.saveSlowly(t.Context(), newStorage(m.Bucket), 10*time.Minute))
+			require.NoError(t, b.saveSlowly(t.Context(), NewStorage(m.Bucket), 10*time.Minute))
 		})
 		requireKind(t, err, KindAlreadyExists)
 		requireStored(t, f, b)
@@ -232,7 +232,7 @@ func TestFencedByCrashed(t *testing.T) {
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
 			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
 			time.AfterFunc(10*time.Minute, m.Crash)
-			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), newStorage(m.Bucket), sleepReader(15*time.Minute)))
+			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), NewStorage(m.Bucket), sleepReader(15*time.Minute)))
 		})
 		requireFenced(t, err)
 		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
@@ -289,7 +289,7 @@ func TestFencedByFailed(t *testing.T) {
 		a := contentOf("a", 100)
 		var failed time.Time
 		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			require.ErrorIs(t, contentOf("b", 100).saveHalf(t.Context(), newStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF)), io.ErrUnexpectedEOF)
+			require.ErrorIs(t, contentOf("b", 100).saveHalf(t.Context(), NewStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF)), io.ErrUnexpectedEOF)
 			failed = time.Now()
 		})
 		requireFenced(t, err)

@@ -35,7 +35,7 @@ func (w wire) RoundTrip(r *http.Request) (*http.Response, error) {
 func (f *fakeGCS) on(fails func(*http.Request) (*http.Response, error), opts ...Option) *Storage {
 	m := f.Register("wire")
 	m.Connect(wire{m, fails})
-	return newStorage(m.Bucket, opts...)
+	return NewStorage(m.Bucket, opts...)
 }
 
 // An insistent bucket makes a request again after every failure that may have another

@@ -72,7 +72,7 @@ func TestCheckNoBucket(t *testing.T) {
 	for _, status := range []int{0, http.StatusNotFound, http.StatusNotImplemented} {
 		bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 			f.AnswerPermissions(status)
-			err := newStorage(f.Machine("a").Client.Bucket("other")).Check(t.Context())
+			err := NewStorage(f.Machine("a").Client.Bucket("other")).Check(t.Context())
 			requireCheckError(t, err, KindNotFound)
 			require.ErrorIs(t, err, storage.ErrBucketNotExist)
 			require.ErrorContains(t, err, "other")
@@ -178,7 +178,7 @@ func TestCheckEndpoint(t *testing.T) {
 			client, err := storage.NewClient(t.Context(), test.opts(t, f.listen(t))...)
 			require.NoError(t, err)
 			defer client.Close()
-			s := newStorage(client.Bucket(fakegcs.Bucket))
+			s := NewStorage(client.Bucket(fakegcs.Bucket))
 			require.NoError(t, s.Check(t.Context()))
 			log := f.Log()
 			require.Len(t, log, 1)

@@ -107,7 +107,7 @@ func TestSaveFinishesAnother(t *testing.T) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		m := f.Machine("a")
 		f.fault(fakegcs.CrashBefore, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" })
-		go a.save(t.Context(), newStorage(m.Bucket)) // until the test's context ends
+		go a.save(t.Context(), NewStorage(m.Bucket)) // until the test's context ends
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
 		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
@@ -386,7 +386,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 			})
 			var group sync.WaitGroup
 			group.Go(func() {
-				s := newStorage(sleeper.Bucket, WithChunkSize(256<<10))
+				s := NewStorage(sleeper.Bucket, WithChunkSize(256<<10))
 				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindAlreadyExists)
 			})
 			time.Sleep(time.Second)

@@ -198,7 +198,7 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call cutCall, who string, 
 			time.AfterFunc(20*time.Millisecond, cancel)
 		}
 	})
-	go func() { returned <- call(ctx, newStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
+	go func() { returned <- call(ctx, NewStorage(m.Bucket, WithStaleThreshold(crashThreshold)), c) }()
 	select {
 	case <-crashed: // the call goes on until the test ends, but is not heard
 	case err := <-returned:

@@ -131,7 +131,7 @@ func TestLoadOverSockets(t *testing.T) {
 	for i := range l.machines {
 		wire := &http.Transport{DialContext: counting(&open)}
 		wires = append(wires, wire)
-		stores = append(stores, newStorage(f.over(t, endpoint, fmt.Sprint(i), wire).Bucket))
+		stores = append(stores, NewStorage(f.over(t, endpoint, fmt.Sprint(i), wire).Bucket))
 	}
 	requireUploads(t, f, l.run(t, f, stores))
 	// What is still open is idle, or it would not be closed.

@@ -246,7 +246,7 @@ type stormMachine struct {
 func (w *storm) newMachine(name string, skew time.Duration, opts ...Option) *stormMachine {
 	m := &stormMachine{storm: w, Machine: w.f.Machine(name)}
 	m.Bucket = m.Bucket.Retryer(storage.WithBackoff(gax.Backoff{Initial: 1, Max: 1}))
-	m.s = newStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
+	m.s = NewStorage(m.Bucket, append(opts, WithChunkSize(stormChunk))...)
 	m.s.now = func() time.Time { return time.Now().Add(skew) }
 	m.s.bucket.rand = func(n time.Duration) time.Duration { return time.Duration(w.chance(name).Int64N(int64(n))) }
 	m.ctx, m.cancel = context.WithCancel(context.Background())

@@ -124,7 +124,7 @@ type replica struct {
 
 func newReplica(f *fakeGCS, o *origin, name string, opts ...Option) replica {
 	m := f.Machine(name)
-	s := newStorage(m.Bucket, opts...)
+	s := NewStorage(m.Bucket, opts...)
 	return replica{m, s, s.SingleFlight(o.stasher(s))}
 }
 
@@ -227,35 +227,33 @@ func TestSingleFlightSharesNoMore(t *testing.T) {
 func TestSingleFlightCallerLeaves(t *testing.T) {
 	for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
 		for leaver := range 3 {
-			t.Run(fmt.Sprint(vers, leaver), func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: 5 * time.Second}
-					a := newReplica(f, o, "a")
-					start := time.Now()
-					var group sync.WaitGroup
-					for i := range 3 {
-						group.Go(func() {
-							ctx := t.Context()
-							if i == leaver {
-								ctx = within(t, 2*time.Second)
-							}
-							time.Sleep(time.Duration(i) * time.Millisecond)
-							saved, err := a.Stash(ctx, testModule, vers)
-							if i == leaver {
-								require.Equal(t, 2*time.Second, time.Since(start))
-								require.ErrorIs(t, err, context.DeadlineExceeded)
-								require.Equal(t, KindGatewayTimeout, Kind(err))
-								require.Empty(t, saved)
-								return
-							}
-							require.NoError(t, err)
-							require.Equal(t, want, saved)
-						})
-					}
-					group.Wait()
-					require.Equal(t, 1, o.total())
-					requireComplete(t, f, testModule, want)
-				})
+			run(t, fmt.Sprint(vers, leaver), inFleet, func(t *testing.T, f *fakeGCS) {
+				o := &origin{takes: 5 * time.Second}
+				a := newReplica(f, o, "a")
+				start := time.Now()
+				var group sync.WaitGroup
+				for i := range 3 {
+					group.Go(func() {
+						ctx := t.Context()
+						if i == leaver {
+							ctx = within(t, 2*time.Second)
+						}
+						time.Sleep(time.Duration(i) * time.Millisecond)
+						saved, err := a.Stash(ctx, testModule, vers)
+						if i == leaver {
+							require.Equal(t, 2*time.Second, time.Since(start))
+							require.ErrorIs(t, err, context.DeadlineExceeded)
+							require.Equal(t, KindGatewayTimeout, Kind(err))
+							require.Empty(t, saved)
+							return
+						}
+						require.NoError(t, err)
+						require.Equal(t, want, saved)
+					})
+				}
+				group.Wait()
+				require.Equal(t, 1, o.total())
+				requireComplete(t, f, testModule, want)
 			})
 		}
 	}
@@ -286,51 +284,49 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 			if vers == "master" && (name == "at the first list" || name == "at the claim" || name == "at the claim's delete") {
 				continue // it makes no such request
 			}
-			t.Run(name+" of "+vers, func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: takes}
-					s := f.storage("a")
-					next := o.stasher(s)
-					stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
-						require.Equal(t, "value", ctx.Value(contextKey{}))
-						_, limited := ctx.Deadline()
-						require.False(t, limited)
-						return next.Stash(ctx, module, v)
-					}))
-					ctx, cancel := context.WithTimeout(context.WithValue(t.Context(), contextKey{}, "value"), time.Hour)
-					defer cancel()
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if when.at != nil && when.at(r) {
-							cancel()
-						}
-						return fakegcs.NoFault
-					})
-					switch {
-					case when.after < 0:
+			run(t, name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
+				o := &origin{takes: takes}
+				s := f.storage("a")
+				next := o.stasher(s)
+				stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
+					require.Equal(t, "value", ctx.Value(contextKey{}))
+					_, limited := ctx.Deadline()
+					require.False(t, limited)
+					return next.Stash(ctx, module, v)
+				}))
+				ctx, cancel := context.WithTimeout(context.WithValue(t.Context(), contextKey{}, "value"), time.Hour)
+				defer cancel()
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if when.at != nil && when.at(r) {
 						cancel()
-					case when.after == 0:
-						go cancel()
-					default:
-						time.AfterFunc(when.after, cancel)
 					}
-					start := time.Now()
-					var group sync.WaitGroup
-					for range 3 { // who come at the same time leave at the same time
-						group.Go(func() {
-							_, err := stasher.Stash(ctx, testModule, vers)
-							require.ErrorIs(t, err, context.Canceled)
-							requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
-						})
-					}
-					group.Wait()
-					require.Less(t, time.Since(start), takes+time.Second)
-					if when.after >= 0 && when.after < time.Hour {
-						require.Equal(t, when.after, time.Since(start))
-					}
-					time.Sleep(2 * takes)
-					require.Equal(t, 1, o.total())
-					requireComplete(t, f, testModule, want)
+					return fakegcs.NoFault
 				})
+				switch {
+				case when.after < 0:
+					cancel()
+				case when.after == 0:
+					go cancel()
+				default:
+					time.AfterFunc(when.after, cancel)
+				}
+				start := time.Now()
+				var group sync.WaitGroup
+				for range 3 { // who come at the same time leave at the same time
+					group.Go(func() {
+						_, err := stasher.Stash(ctx, testModule, vers)
+						require.ErrorIs(t, err, context.Canceled)
+						requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
+					})
+				}
+				group.Wait()
+				require.Less(t, time.Since(start), takes+time.Second)
+				if when.after >= 0 && when.after < time.Hour {
+					require.Equal(t, when.after, time.Since(start))
+				}
+				time.Sleep(2 * takes)
+				require.Equal(t, 1, o.total())
+				requireComplete(t, f, testModule, want)
 			})
 		}
 	}
@@ -416,7 +412,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		saver := f.Machine("saver")
 		ctx, cancel := context.WithCancel(t.Context())
 		group.Go(func() {
-			contentOf(testVersion, 100).saveHalf(ctx, newStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
+			contentOf(testVersion, 100).saveHalf(ctx, NewStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
 		})
 		time.Sleep(time.Second)
 		if test.crash {
@@ -479,11 +475,9 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 		{"of no version, beside one", nameless, pseudoVersion, pseudoVersion},
 	} {
 		for _, vers := range []string{"master", testVersion} {
-			t.Run(test.name+" of "+vers, func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					stasher := f.storage("a").SingleFlight(answering(test.beside, test.err))
-					requireStash(t, stasher, vers, cmp.Or(test.resolved, vers))
-				})
+			run(t, test.name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
+				stasher := f.storage("a").SingleFlight(answering(test.beside, test.err))
+				requireStash(t, stasher, vers, cmp.Or(test.resolved, vers))
 			})
 		}
 	}
@@ -520,12 +514,10 @@ func TestSingleFlightErrors(t *testing.T) {
 		"exists":             fs.ErrExist,
 	} {
 		for _, vers := range []string{"master", testVersion} {
-			t.Run(name+" of "+vers, func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					saved, err := f.storage("a").SingleFlight(answering("beside", want)).Stash(t.Context(), testModule, vers)
-					require.True(t, err == want, "%v", err)
-					require.Equal(t, "beside", saved)
-				})
+			run(t, name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
+				saved, err := f.storage("a").SingleFlight(answering("beside", want)).Stash(t.Context(), testModule, vers)
+				require.True(t, err == want, "%v", err)
+				require.Equal(t, "beside", saved)
 			})
 		}
 	}
@@ -557,26 +549,24 @@ func TestSingleFlightQueries(t *testing.T) {
 		"1.2.3": true, "v1.2.3.4": true, "v01.2.3": true, "": true, ">=v1.2.3": true,
 		"v1.2.3": false, "v1.2.3-rc.1": false, "v2.0.0+incompatible": false, "v1.2.3-pre+meta": false, pseudoVersion: false,
 	} {
-		t.Run(query, func(t *testing.T) {
-			inFleet(t, func(t *testing.T, f *fakeGCS) {
-				calls := 0
-				stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
-					calls++
-					time.Sleep(time.Second)
-					return testVersion, nil
-				}))
-				var group sync.WaitGroup
-				for range 10 {
-					group.Go(func() { requireStash(t, stasher, query, testVersion) })
-				}
-				group.Wait()
-				require.Equal(t, 1, calls)
-				if isOne {
-					require.Empty(t, f.Log())
-				} else {
-					require.NotEmpty(t, f.Log())
-				}
-			})
+		run(t, query, inFleet, func(t *testing.T, f *fakeGCS) {
+			calls := 0
+			stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
+				calls++
+				time.Sleep(time.Second)
+				return testVersion, nil
+			}))
+			var group sync.WaitGroup
+			for range 10 {
+				group.Go(func() { requireStash(t, stasher, query, testVersion) })
+			}
+			group.Wait()
+			require.Equal(t, 1, calls)
+			if isOne {
+				require.Empty(t, f.Log())
+			} else {
+				require.NotEmpty(t, f.Log())
+			}
 		})
 	}
 }
@@ -586,29 +576,27 @@ func TestSingleFlightQueries(t *testing.T) {
 func TestSingleFlightFleet(t *testing.T) {
 	for _, versions := range []int{1, 4} {
 		for _, n := range []int{1, 2, 8, 32} {
-			t.Run(fmt.Sprintf("%d of %d", n, versions), func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					o := &origin{takes: 3 * time.Second}
-					start := time.Now()
-					var group sync.WaitGroup
-					for _, r := range newFleet(f, o, n) {
-						for v := range 2 * versions { // two callers of each
-							group.Go(func() {
-								vers := fmt.Sprintf("v1.0.%d", v%versions)
-								requireStash(t, r, vers, vers)
-								requireComplete(t, f, testModule, vers)
-							})
-						}
+			run(t, fmt.Sprintf("%d of %d", n, versions), inFleet, func(t *testing.T, f *fakeGCS) {
+				o := &origin{takes: 3 * time.Second}
+				start := time.Now()
+				var group sync.WaitGroup
+				for _, r := range newFleet(f, o, n) {
+					for v := range 2 * versions { // two callers of each
+						group.Go(func() {
+							vers := fmt.Sprintf("v1.0.%d", v%versions)
+							requireStash(t, r, vers, vers)
+							requireComplete(t, f, testModule, vers)
+						})
 					}
-					group.Wait()
-					require.Less(t, time.Since(start), o.takes+lastPoll)
-					saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool {
-						return path.Ext(r.Object) != ".zip" || !r.Applied
-					})
-					require.Len(t, saves, versions)
-					require.Len(t, o.calls, versions)
-					require.Equal(t, versions, o.total())
+				}
+				group.Wait()
+				require.Less(t, time.Since(start), o.takes+lastPoll)
+				saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool {
+					return path.Ext(r.Object) != ".zip" || !r.Applied
 				})
+				require.Len(t, saves, versions)
+				require.Len(t, o.calls, versions)
+				require.Equal(t, versions, o.total())
 			})
 		}
 	}
@@ -619,19 +607,17 @@ func TestSingleFlightFleet(t *testing.T) {
 func TestSingleFlightFleetLate(t *testing.T) {
 	for _, latency := range []time.Duration{time.Millisecond, 300 * time.Millisecond} {
 		for _, spread := range []time.Duration{10 * time.Millisecond, time.Second} {
-			t.Run(fmt.Sprint(latency, spread), func(t *testing.T) {
-				inFleet(t, func(t *testing.T, f *fakeGCS) {
-					f.SetLatency(latency)
-					o := &origin{takes: 3 * time.Second}
-					fleet := newFleet(f, o, 8)
-					for i, r := range fleet {
-						skew := time.Duration(i-4) * 3 * time.Second
-						r.s.now = func() time.Time { return time.Now().Add(skew) }
-					}
-					errs, _ := stashAll(t, fleet, spread)
-					requireNoErrors(t, errs)
-					require.Equal(t, 1, o.total())
-				})
+			run(t, fmt.Sprint(latency, spread), inFleet, func(t *testing.T, f *fakeGCS) {
+				f.SetLatency(latency)
+				o := &origin{takes: 3 * time.Second}
+				fleet := newFleet(f, o, 8)
+				for i, r := range fleet {
+					skew := time.Duration(i-4) * 3 * time.Second
+					r.s.now = func() time.Time { return time.Now().Add(skew) }
+				}
+				errs, _ := stashAll(t, fleet, spread)
+				requireNoErrors(t, errs)
+				require.Equal(t, 1, o.total())
 			})
 		}
 	}
@@ -646,29 +632,27 @@ func TestSingleFlightHolderFails(t *testing.T) {
 	} {
 		for _, n := range []int{2, 8, 32} {
 			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
-				t.Run(fmt.Sprint(name, n, latency), func(t *testing.T) {
-					inFleet(t, func(t *testing.T, f *fakeGCS) {
-						f.SetLatency(latency)
-						o := &origin{takes: 20 * time.Second, fail: fail}
-						errs, took := stashAll(t, newFleet(f, o, n), 0)
-						failed := 0
-						for _, err := range errs {
-							if err != nil {
-								require.True(t, err == errGone, "%v", err)
-								failed++
-							}
+				run(t, fmt.Sprint(name, n, latency), inFleet, func(t *testing.T, f *fakeGCS) {
+					f.SetLatency(latency)
+					o := &origin{takes: 20 * time.Second, fail: fail}
+					errs, took := stashAll(t, newFleet(f, o, n), 0)
+					failed := 0
+					for _, err := range errs {
+						if err != nil {
+							require.True(t, err == errGone, "%v", err)
+							failed++
 						}
-						require.Equal(t, n, o.total())
-						require.Equal(t, n-1, o.most)
-						require.Less(t, took, 2*o.takes+lastPoll+10*latency)
-						if name == "once" {
-							require.Equal(t, 1, failed)
-							requireComplete(t, f, testModule, testVersion)
-						} else {
-							require.Equal(t, n, failed)
-							require.Empty(t, f.Names())
-						}
-					})
+					}
+					require.Equal(t, n, o.total())
+					require.Equal(t, n-1, o.most)
+					require.Less(t, took, 2*o.takes+lastPoll+10*latency)
+					if name == "once" {
+						require.Equal(t, 1, failed)
+						requireComplete(t, f, testModule, testVersion)
+					} else {
+						require.Equal(t, n, failed)
+						require.Empty(t, f.Names())
+					}
 				})
 			}
 		}
@@ -732,34 +716,32 @@ func TestSingleFlightAllFailQuickly(t *testing.T) {
 func TestSingleFlightHolderCrashes(t *testing.T) {
 	for _, n := range []int{2, 8, 32} {
 		for _, successorFails := range []bool{false, true} {
-			t.Run(fmt.Sprint(n, successorFails), func(t *testing.T) {
-				inCrowd(t, func(t *testing.T, f *fakeGCS) {
-					fail := func(call int) bool { return successorFails && call == 2 }
-					o := &origin{takes: 5 * time.Second, fail: fail}
-					fleet := newFleet(f, o, n)
-					ctx, cancel := context.WithCancel(t.Context())
-					var group sync.WaitGroup
-					group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
-					time.Sleep(time.Second)
-					fleet[0].Crash()
-					errs, took := stashAll(t, fleet[1:], 0)
-					require.Greater(t, took, claimStale-2*time.Second)
-					if !successorFails {
-						requireNoErrors(t, errs)
-						require.Equal(t, 2, o.total()) // of the dead one and of one more
-						require.Less(t, took, claimStale+o.takes+lastPoll)
-					} else {
-						require.ErrorIs(t, errors.Join(errs...), errGone)
-						require.Equal(t, n, o.total())
-						require.Less(t, took, claimStale+2*(o.takes+lastPoll))
-					}
-					if n > 2 || !successorFails {
-						requireComplete(t, f, testModule, testVersion)
-					}
-					require.Empty(t, locks(f))
-					cancel()
-					group.Wait()
-				})
+			run(t, fmt.Sprint(n, successorFails), inCrowd, func(t *testing.T, f *fakeGCS) {
+				fail := func(call int) bool { return successorFails && call == 2 }
+				o := &origin{takes: 5 * time.Second, fail: fail}
+				fleet := newFleet(f, o, n)
+				ctx, cancel := context.WithCancel(t.Context())
+				var group sync.WaitGroup
+				group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
+				time.Sleep(time.Second)
+				fleet[0].Crash()
+				errs, took := stashAll(t, fleet[1:], 0)
+				require.Greater(t, took, claimStale-2*time.Second)
+				if !successorFails {
+					requireNoErrors(t, errs)
+					require.Equal(t, 2, o.total()) // of the dead one and of one more
+					require.Less(t, took, claimStale+o.takes+lastPoll)
+				} else {
+					require.ErrorIs(t, errors.Join(errs...), errGone)
+					require.Equal(t, n, o.total())
+					require.Less(t, took, claimStale+2*(o.takes+lastPoll))
+				}
+				if n > 2 || !successorFails {
+					requireComplete(t, f, testModule, testVersion)
+				}
+				require.Empty(t, locks(f))
+				cancel()
+				group.Wait()
 			})
 		}
 	}
@@ -913,30 +895,28 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 	for name, does := range map[string]bool{"Stash": true, "Repair": true, "Save": false, "Exists": false, "Info": false, "List": false} {
 		for _, age := range []time.Duration{0, claimStale - time.Second, claimStale} {
 			for _, denied := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s after %v denied %v", name, age, denied), func(t *testing.T) {
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						log := &syncedLog{}
-						s := f.storage("a", log.option())
-						require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-						f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
-						time.Sleep(age)
-						if denied {
-							f.Deny("storage.objects.delete")
-						}
-						removes := does && age == claimStale
-						err := everyCall(s)[name](t.Context())
-						switch {
-						case name == "Save":
-							requireKind(t, err, KindAlreadyExists)
-						case name == "Repair" && removes && denied:
-							require.ErrorContains(t, err, "storage.objects.delete")
-						default:
-							require.NoError(t, err)
-						}
-						require.Equal(t, !removes || denied, f.Get(objectName(extClaim)) != nil)
-						require.Empty(t, log.String())
-						requireComplete(t, f, testModule, testVersion)
-					})
+				run(t, fmt.Sprintf("%s after %v denied %v", name, age, denied), inCrowd, func(t *testing.T, f *fakeGCS) {
+					log := &syncedLog{}
+					s := f.storage("a", log.option())
+					require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+					f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
+					time.Sleep(age)
+					if denied {
+						f.Deny("storage.objects.delete")
+					}
+					removes := does && age == claimStale
+					err := everyCall(s)[name](t.Context())
+					switch {
+					case name == "Save":
+						requireKind(t, err, KindAlreadyExists)
+					case name == "Repair" && removes && denied:
+						require.ErrorContains(t, err, "storage.objects.delete")
+					default:
+						require.NoError(t, err)
+					}
+					require.Equal(t, !removes || denied, f.Get(objectName(extClaim)) != nil)
+					require.Empty(t, log.String())
+					requireComplete(t, f, testModule, testVersion)
 				})
 			}
 		}

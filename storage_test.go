@@ -42,7 +42,7 @@ func TestNilArguments(t *testing.T) {
 }
 
 func TestMissingBucket(t *testing.T) {
-	inOtherBucket := func(f *fakeGCS) *Storage { return newStorage(f.Machine("m").Client.Bucket("missing")) }
+	inOtherBucket := func(f *fakeGCS) *Storage { return NewStorage(f.Machine("m").Client.Bucket("missing")) }
 	forEveryCall(t, inOtherBucket, func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error) {
 		start := time.Now()
 		err := call(t.Context())
@@ -196,7 +196,7 @@ func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
 		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(sent)), int64(len(sent))
 		return nil
 	}})
-	return newStorage(m.Bucket, opts...)
+	return NewStorage(m.Bucket, opts...)
 }
 
 // A client with retry settings of its own changes neither what this package retries
@@ -204,7 +204,7 @@ func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
 func TestCallersRetrySettings(t *testing.T) {
 	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 		m := f.Machine("m")
-		s := newStorage(m.Bucket.Retryer(storage.WithPolicy(storage.RetryNever)), WithChunkSize(256<<10))
+		s := NewStorage(m.Bucket.Retryer(storage.WithPolicy(storage.RetryNever)), WithChunkSize(256<<10))
 		failed := map[string]bool{} // once
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			if failed[r.Op] {

@@ -481,7 +481,7 @@ func TestNothingIsLogged(t *testing.T) {
 
 // What is told to nobody costs next to nothing.
 func TestSilenceIsCheap(t *testing.T) {
-	s := newStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
+	s := NewStorage(newFakeGCS(t).Machine("a").Bucket, WithLogger(nil))
 	allocs := math.Inf(1) // other goroutines only add
 	for range 5 {
 		allocs = min(allocs, testing.AllocsPerRun(1000, func() {

@@ -337,7 +337,7 @@ func TestSlowLine(t *testing.T) {
 			m := f.Register("a")
 			m.Connect(thinLine{m, test.rate})
 			a := contentOf("a", test.chunk+100)
-			err := a.saveFrom(t.Context(), newStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
+			err := a.saveFrom(t.Context(), NewStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
 			if test.enough {
 				require.NoError(t, err)
 			} else {

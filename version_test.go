@@ -18,28 +18,12 @@ func longModule(size int) string {
 }
 
 var badModules = []struct{ name, module string }{
-	{"empty", ""},
-	{"NUL", "a\x00b"},
-	{"newline", "a\nb"},
-	{"carriage return", "a\rb"},
-	{"DEL", "a\x7fb"},
-	{"a control character beyond ASCII", "a\u0085b"},
-	{"invalid UTF-8", "a\xffb"},
-	{"half a rune", "a\xe2\x82"},
-	{"dot", "."},
-	{"dots", ".."},
-	{"dot element", "a/./b"},
-	{"dots element", "a/../b"},
-	{"dots first", "../a"},
-	{"dots last", "a/.."},
-	{"slash", "/"},
-	{"leading slash", "/a"},
-	{"trailing slash", "a/"},
-	{"double slash", "a//b"},
-	{"@v inside", "a/@v/b"},
-	{"@v last", "a/@v"},
-	{"kept by GCS", ".well-known/acme-challenge/a"},
-	{"kept by GCS with what follows", ".well-known/acme-challenge"},
+	{"empty", ""}, {"NUL", "a\x00b"}, {"newline", "a\nb"}, {"carriage return", "a\rb"}, {"DEL", "a\x7fb"},
+	{"a control character beyond ASCII", "a\u0085b"}, {"invalid UTF-8", "a\xffb"}, {"half a rune", "a\xe2\x82"},
+	{"dot", "."}, {"dots", ".."}, {"dot element", "a/./b"}, {"dots element", "a/../b"}, {"dots first", "../a"},
+	{"dots last", "a/.."}, {"slash", "/"}, {"leading slash", "/a"}, {"trailing slash", "a/"},
+	{"double slash", "a//b"}, {"@v inside", "a/@v/b"}, {"@v last", "a/@v"},
+	{"kept by GCS", ".well-known/acme-challenge/a"}, {"kept by GCS with what follows", ".well-known/acme-challenge"},
 	{"longer than any object", strings.Repeat("m", 1025)},
 }
 
@@ -50,17 +34,11 @@ var perVersion = []string{"Save", "Exists", "Info", "GoMod", "Zip", "Delete"}
 func TestBadNames(t *testing.T) {
 	type row struct{ name, module, version string }
 	rows := []row{
-		{"empty version", "m", ""},
-		{"slash in a version", "m", "a/b"},
-		{"version that leaves its folder", "m", "../v1.0.0"},
-		{"NUL in a version", "m", "v1\x00"},
-		{"newline in a version", "m", "v1\n"},
-		{"invalid UTF-8 in a version", "m", "v\xff"},
-		{"dot version", "m", "."},
-		{"dots version", "m", ".."},
-		{"name of 1025 bytes", longModule(1025), "v1.0.0"},
-		{"long version", "m", strings.Repeat("v", 1025)},
-		{"both empty", "", ""},
+		{"empty version", "m", ""}, {"slash in a version", "m", "a/b"},
+		{"version that leaves its folder", "m", "../v1.0.0"}, {"NUL in a version", "m", "v1\x00"},
+		{"newline in a version", "m", "v1\n"}, {"invalid UTF-8 in a version", "m", "v\xff"},
+		{"dot version", "m", "."}, {"dots version", "m", ".."}, {"name of 1025 bytes", longModule(1025), "v1.0.0"},
+		{"long version", "m", strings.Repeat("v", 1025)}, {"both empty", "", ""},
 	}
 	for _, bad := range badModules {
 		rows = append(rows, row{"module: " + bad.name, bad.module, "v1.0.0"})
@@ -93,59 +71,32 @@ func TestNilZip(t *testing.T) {
 // Names that the go command would not accept, Athens and its tests do.
 func TestGoodNames(t *testing.T) {
 	modules := []string{
-		"m",
-		"benchListModule",
-		"github.com/Azure/azure-sdk-for-go",
-		"github.com/Azure/azure-sdk-for-go/v68",
-		"gopkg.in/yaml.v3",
-		"example.com/v",
-		"example.com/a.zip",
-		"例え.jp/モジュール",
-		"a b/c%2F+?#&=~!*'(),;:@[]{}|\\^`\"<>$",
-		"...",
-		".well-known/acme",
-		".well-known/acme-challenges/a",
+		"m", "benchListModule", "github.com/Azure/azure-sdk-for-go", "github.com/Azure/azure-sdk-for-go/v68",
+		"gopkg.in/yaml.v3", "example.com/v", "example.com/a.zip", "例え.jp/モジュール",
+		"a b/c%2F+?#&=~!*'(),;:@[]{}|\\^`\"<>$", "...", ".well-known/acme", ".well-known/acme-challenges/a",
 	}
 	versions := []string{
-		"v1.0.0",
-		"1.0.1",
-		"yyy",
-		"delete123",
-		"v1",
-		"v1.0.0+incompatible",
-		"v0.0.0-20200102030405-abcdefabcdef",
-		"v1.0.0-rc.1",
-		"list",
-		"latest",
-		"v1.info",
-		"v1.mod.zip",
-		"版",
-		"a b%2F?#@",
-		"...",
-		"@v",
+		"v1.0.0", "1.0.1", "yyy", "delete123", "v1", "v1.0.0+incompatible", "v0.0.0-20200102030405-abcdefabcdef",
+		"v1.0.0-rc.1", "list", "latest", "v1.info", "v1.mod.zip", "版", "a b%2F?#@", "...", "@v",
 	}
-	type row struct{ module, version string }
-	rows := []row{{longModule(1024), "v1.0.0"}}
+	rows := []ModuleVersion{{longModule(1024), "v1.0.0"}}
 	for _, module := range modules {
-		rows = append(rows, row{module, "v1.0.0"})
+		rows = append(rows, ModuleVersion{module, "v1.0.0"})
 	}
 	for _, vers := range versions {
-		rows = append(rows, row{"example.com/m", vers})
+		rows = append(rows, ModuleVersion{"example.com/m", vers})
 	}
 	for _, row := range rows {
-		run(t, fmt.Sprintf("%.40s@%s", row.module, row.version), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-			require.NoError(t, saveVersion(t.Context(), s, row.module, row.version))
-			prefix := row.module + "/@v/" + row.version
+		run(t, fmt.Sprintf("%.40s@%s", row.Module, row.Version), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			require.NoError(t, saveVersion(t.Context(), s, row.Module, row.Version))
+			prefix := row.Module + "/@v/" + row.Version
 			require.Equal(t, []string{prefix + ".info", prefix + ".mod", prefix + ".zip"}, f.Names())
 
-			requireList(t, s, row.module, row.version)
-			catalog, _, err := s.Catalog(t.Context(), "", 1)
-			require.NoError(t, err)
-			require.Equal(t, []ModuleVersion{{row.module, row.version}}, catalog)
-			ok, _ := s.Exists(t.Context(), row.module, row.version)
-			require.True(t, ok)
+			requireList(t, s, row.Module, row.Version)
+			require.Equal(t, []ModuleVersion{row}, catalogOf(t, s, 1))
+			returns(t, true)(s.Exists(t.Context(), row.Module, row.Version))
 			for _, op := range perVersion[1:] {
-				require.NoError(t, callsOn(s, catalog[0])[op](t.Context()), op)
+				require.NoError(t, callsOn(s, row)[op](t.Context()), op)
 			}
 			require.Empty(t, f.Names())
 		})
@@ -155,24 +106,9 @@ func TestGoodNames(t *testing.T) {
 // Objects that are of no version are nobody's.
 func TestParseObjectForeign(t *testing.T) {
 	for _, name := range []string{
-		"",
-		"index.html",
-		"m/@v/",
-		"m/@v/list",
-		"m/@v/v1.0.0",
-		"m/@v/.info",
-		"m/@v/..info",
-		"m/@v/v1.0.0.lck",
-		"m/@v/v1.0.0.INFO",
-		"m/@v/v1.0.0.ziphash",
-		"m/@v/v1.0.0.zip.tmp",
-		"m/@v/a/v1.0.0.zip",
-		"m/@latest",
-		"/@v/v1.0.0.info",
-		"m//@v/v1.0.0.info",
-		"m@v/v1.0.0.info",
-		"../@v/v1.0.0.info",
-		"m/@v/v1\xff.info",
+		"", "index.html", "m/@v/", "m/@v/list", "m/@v/v1.0.0", "m/@v/.info", "m/@v/..info", "m/@v/v1.0.0.lck",
+		"m/@v/v1.0.0.INFO", "m/@v/v1.0.0.ziphash", "m/@v/v1.0.0.zip.tmp", "m/@v/a/v1.0.0.zip", "m/@latest",
+		"/@v/v1.0.0.info", "m//@v/v1.0.0.info", "m@v/v1.0.0.info", "../@v/v1.0.0.info", "m/@v/v1\xff.info",
 		"m/@v/x/@v/v1.0.0.info",
 	} {
 		if v, ext, ok := parseObject(name); ok {
@@ -185,20 +121,10 @@ func TestParseObjectForeign(t *testing.T) {
 // version.
 func FuzzObjectName(f *testing.F) {
 	for _, seed := range []struct{ module, version string }{
-		{"github.com/Azure/azure-sdk-for-go", "v1.0.0+incompatible"},
-		{"例え.jp/モジュール", "版"},
-		{"m", "v1.info"},
-		{"m", "v1.zip.mod"},
-		{"m/v2", "..."},
-		{"a/@v/b", "v1"},
-		{"@v", "@v"},
-		{"m/@v/v1.info", "v1"},
-		{"m/@v/v1.0.0.zip", ""},
-		{"/@v/.info", ".."},
-		{".well-known/acme-challenge", "v1"},
-		{"a\xff", "v1\n"},
-		{longModule(1024), "v1.0.0"},
-		{longModule(1025), "v1.0.0"},
+		{"github.com/Azure/azure-sdk-for-go", "v1.0.0+incompatible"}, {"例え.jp/モジュール", "版"}, {"m", "v1.info"},
+		{"m", "v1.zip.mod"}, {"m/v2", "..."}, {"a/@v/b", "v1"}, {"@v", "@v"}, {"m/@v/v1.info", "v1"},
+		{"m/@v/v1.0.0.zip", ""}, {"/@v/.info", ".."}, {".well-known/acme-challenge", "v1"}, {"a\xff", "v1\n"},
+		{longModule(1024), "v1.0.0"}, {longModule(1025), "v1.0.0"},
 	} {
 		f.Add(seed.module, seed.version)
 	}
