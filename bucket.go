@@ -1,8 +1,7 @@
 package gcs
 
 import (
-	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"strings"
@@ -10,17 +9,6 @@ import (
 	"time"
 
 	"cloud.google.com/go/storage"
-	"google.golang.org/grpc/codes"
-)
-
-const (
-	// requestTimeout is how long a request may go without an answer before it is
-	// sent again. Every change is conditional, so the second of two that both
-	// arrive is refused.
-	requestTimeout = 5 * time.Second
-	// retryLimit is how long a request that hangs, or is answered with 429 or 503,
-	// is sent again before the call fails. So is a stream that breaks.
-	retryLimit = 5 * time.Minute
 )
 
 // maxRefused is how often in a row a refused precondition is taken for somebody
@@ -34,8 +22,9 @@ type bucket struct {
 	chunkSize int
 	log       *slog.Logger
 	rand      func(n time.Duration) time.Duration // a random time below n
-	noClear   *sync.Once                          // says that the server does not clear metadata
-	insists   bool                                // see insistent
+	telemetry *telemetry
+	noClear   *sync.Once // says that the server does not clear metadata
+	insists   bool       // see insistent
 }
 
 // defaultChunkSize is the client's own default: a round trip each time that many
@@ -90,6 +79,9 @@ func (b *bucket) checkModule(module string) error {
 }
 
 func (b *bucket) checkPrefix() error {
+	if b.handle.BucketName() == "" {
+		return errors.New("the bucket has no name")
+	}
 	if b.prefix == "" {
 		return nil
 	}
@@ -104,59 +96,6 @@ func (b *bucket) name(v ModuleVersion, ext string) string { return b.prefix + v.
 // object returns the handle of an object. The client makes its requests once.
 func (b *bucket) object(v ModuleVersion, ext string) *storage.ObjectHandle {
 	return b.handle.Object(b.name(v, ext))
-}
-
-// streamed returns the handle of an object that is sent or read in several requests.
-// The client retries them after an error for which retry is true.
-func (b *bucket) streamed(v ModuleVersion, ext string, retry func(error) bool) *storage.ObjectHandle {
-	return b.object(v, ext).Retryer(storage.WithPolicy(storage.RetryIdempotent),
-		storage.WithErrorFunc(retry), storage.WithMaxRetryDuration(retryLimit))
-}
-
-// do makes a request, and makes it again when it is not answered in time or fails
-// for a reason that may pass, until the context ends or retryLimit has passed.
-func (b *bucket) do(ctx context.Context, timeout time.Duration, request func(context.Context) error) error {
-	start := time.Now()
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
-		// A server in the same process need not look at the context.
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		tryCtx, cancel := context.WithTimeout(ctx, timeout)
-		err := request(tryCtx)
-		// Over gRPC the server knows the deadline too, and can be the first to
-		// say that it passed.
-		hung := err != nil && (tryCtx.Err() != nil || hasCode(err, 0, codes.DeadlineExceeded))
-		cancel()
-		again := hung || isTransient(err) || b.insists && !isPreconditionFailed(err) && !isAbsentObject(err)
-		if err == nil || ctx.Err() != nil || !again {
-			return err
-		}
-		if waited := time.Since(start); waited >= retryLimit {
-			return fmt.Errorf("no answer, or none but to try again, in %v: %w", waited.Round(time.Second), err)
-		}
-		if hung {
-			timeout *= 2
-		}
-		if sleepErr := sleep(ctx, b.rand(pause)); sleepErr != nil {
-			return fmt.Errorf("%w: %w", sleepErr, err)
-		}
-	}
-}
-
-// sleep waits for d or until the context ends.
-func sleep(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // ifUnchanged is the precondition that the object is still the one seen, with the

@@ -33,9 +33,14 @@ type call struct {
 	span    trace.Span
 }
 
-// begin starts a call. The context that it returns carries the span.
+// versionKey is the key of a context's ModuleVersion: what its requests are about.
+type versionKey struct{}
+
+// begin starts a call. The context that it returns carries the span, and the version
+// for the log lines of its requests.
 func (s *Storage) begin(ctx context.Context, op string, v ModuleVersion) (context.Context, *call) {
 	ctx, span := s.telemetry.tracer.Start(ctx, "gcs."+op, trace.WithSpanKind(trace.SpanKindClient))
+	ctx = context.WithValue(ctx, versionKey{}, v)
 	return ctx, &call{s: s, ctx: ctx, op: op, v: v, span: span}
 }
 

@@ -2,15 +2,15 @@ package gcs
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 
+	"cloud.google.com/go/auth"
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/googleapi"
 	"google.golang.org/grpc/codes"
@@ -121,7 +121,7 @@ func newError(ctx context.Context, op, module, version string, err error) *Error
 	case reading:
 	case isAbsent(err):
 		e.Kind = KindNotFound
-	case hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted):
+	case isRateLimited(err):
 		e.Kind = KindRateLimit
 	}
 	return e
@@ -163,33 +163,83 @@ func isForbidden(err error) bool {
 	return hasCode(err, http.StatusForbidden, codes.PermissionDenied)
 }
 
-// isTransient reports whether a request is worth retrying: what the client would
-// retry, connections closed without a response or in the middle of one, and
-// conflicts with another change of the same object at the same moment
-// (https://cloud.google.com/storage/docs/json_api/v1/status-codes#409_Conflict).
-func isTransient(err error) bool {
-	if hasCode(err, http.StatusNotImplemented, codes.Unimplemented) {
-		return false // the client retries every 5xx, but this one stays
+// rateLimited finds the reasons with which GCS limits a caller's rate, beside 429.
+var rateLimited = regexp.MustCompile(`(?i)rate_?limit_?exceeded`)
+
+func isRateLimited(err error) bool {
+	return hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted) ||
+		isForbidden(err) && rateLimited.MatchString(err.Error())
+}
+
+var (
+	// neverPasses finds in the text of a request without an answer what no further try
+	// changes: a certificate, a URL, a credential that its issuer refuses, a key file
+	// that cannot be read, a client that is closed. Over gRPC the text is all that is left.
+	neverPasses = regexp.MustCompile(`x509: |tls: failed to verify certificate|protocol scheme|too many colons in address|` +
+		`cannot fetch token: 40[013]|status code:? 40[013]|compute: Received 40[013] |` +
+		`(?:auth|oauth2): "(?:invalid|unauthorized|unsupported|access|account|deleted|disabled|admin|org)_|` +
+		`parse private key|private key should be|open [^:]+: (?:no such file|permission denied)|client connection is closing`)
+	// tokenFailed finds that a token could not be fetched.
+	tokenFailed = regexp.MustCompile(`per-RPC creds failed|\b(?:auth|credentials|oauth2|google|impersonate|compute): `)
+	// noAnswer finds the statuses that grpc-go makes itself: a server sends others.
+	noAnswer = regexp.MustCompile(`desc = (?:transport|connection|last connection|the connection|closing transport|keepalive|` +
+		`error reading|name resolver|stream terminated|server closed|unexpected|malformed|EOF)`)
+)
+
+// retryReason returns why a request that failed so is made again, as the counter
+// gcs.retries has it, or "" if the failure is final. An answer of GCS decides by its
+// code. Without an answer, only what never passes is final: every change is
+// conditional, so another try can do no harm.
+func retryReason(err error) string {
+	if err == nil {
+		return ""
 	}
-	var syntax *json.SyntaxError
-	return storage.ShouldRetry(err) || isBrokenHTTP2(err) || errors.Is(err, io.EOF) || errors.As(err, &syntax) ||
-		hasCode(err, http.StatusConflict, codes.Aborted)
-}
-
-// isBrokenHTTP2 reports whether a stream or a connection of HTTP/2 broke: the server
-// reset it, or closed it with a GOAWAY. net/http exports no types of these errors.
-func isBrokenHTTP2(err error) bool {
 	var answer *googleapi.Error
-	return err != nil && !errors.As(err, &answer) && slices.ContainsFunc(
-		[]string{"http2: ", "stream error: stream ID ", "connection error: "},
-		func(s string) bool { return strings.Contains(err.Error(), s) })
+	var issuer *auth.Error
+	text, isAnswer := err.Error(), errors.As(err, &answer)
+	s, isStatus := status.FromError(err)
+	isStatus = isStatus && !noAnswer.MatchString(text)
+	switch {
+	case isRateLimited(err):
+		return "429"
+	case hasCode(err, http.StatusConflict, codes.Aborted):
+		return "conflict"
+	case hasCode(err, http.StatusRequestTimeout, codes.DeadlineExceeded):
+		return "timeout"
+	case isAbsent(err),
+		isAnswer && (answer.Code < 500 || answer.Code == http.StatusNotImplemented),
+		isStatus && slices.Contains(finalCodes, s.Code()),
+		!isAnswer && neverPasses.MatchString(text),
+		errors.As(err, &issuer) && issuer.Response != nil && slices.Contains([]int{400, 401, 403}, issuer.Response.StatusCode):
+		return ""
+	case isAnswer, isStatus:
+		return "5xx"
+	case tokenFailed.MatchString(text):
+		return "token"
+	}
+	return "network"
 }
 
-// withPermission adds to an error that refuses access which permission is missing.
-func withPermission(err error, permission string) error {
-	// A retention policy refuses with the same code, whoever asks.
-	if !isForbidden(err) || strings.Contains(err.Error(), "etention") {
+// finalCodes are the answers over gRPC after which a request is not made again.
+var finalCodes = []codes.Code{codes.InvalidArgument, codes.PermissionDenied, codes.FailedPrecondition,
+	codes.OutOfRange, codes.Unimplemented, codes.Unauthenticated}
+
+var (
+	lacksPermission = regexp.MustCompile(`does not have (storage\.objects\.\w+) access`)
+	lacksScope      = regexp.MustCompile(`insufficientPermissions|insufficient authentication scopes|ACCESS_TOKEN_SCOPE_INSUFFICIENT`)
+)
+
+// withHint adds to an error that refuses access what the caller has to do about it. GCS
+// refuses with the same code for many reasons, most of which say so themselves.
+func withHint(err error) error {
+	if !isForbidden(err) {
 		return err
 	}
-	return fmt.Errorf("the caller needs %s on the bucket, which roles/storage.objectUser holds: %w", permission, err)
+	if lacks := lacksPermission.FindStringSubmatch(err.Error()); lacks != nil {
+		return fmt.Errorf("the caller needs %s on the bucket, which roles/storage.objectUser holds: %w", lacks[1], err)
+	}
+	if lacksScope.MatchString(err.Error()) {
+		return fmt.Errorf("the OAuth scopes of the caller's credentials do not permit this, whatever its roles: %w", err)
+	}
+	return err
 }

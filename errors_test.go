@@ -96,7 +96,7 @@ func asAPI(t *testing.T, code codes.Code) error {
 
 func TestErrorsOfBothTransports(t *testing.T) {
 	predicates := map[string]func(error) bool{
-		"refused": isPreconditionFailed, "forbidden": isForbidden, "absent": isAbsent, "transient": isTransient,
+		"refused": isPreconditionFailed, "forbidden": isForbidden, "absent": isAbsent, "transient": func(err error) bool { return retryReason(err) != "" },
 	}
 	for _, tc := range []struct {
 		name string
@@ -136,8 +136,8 @@ func TestErrorsOfBothTransports(t *testing.T) {
 		{"HTTP/2 connection", errors.New("connection error: PROTOCOL_ERROR"), KindUnexpected, "transient"},
 		{"HTTP 400 of a proxy", asGoogle(400, "http2: no"), KindUnexpected, ""},
 		{"half an answer", fmt.Errorf("decoding: %w", json.Unmarshal([]byte("{"), new(any))), KindUnexpected, "transient"},
-		{"something else", errors.New("something else"), KindUnexpected, ""},
-		{"cancelled", context.Canceled, KindUnexpected, ""},
+		{"something else", errors.New("something else"), KindUnexpected, "transient"},
+		{"cancelled by another", context.Canceled, KindUnexpected, "transient"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			for name, is := range predicates {
@@ -180,22 +180,6 @@ func TestVerdicts(t *testing.T) {
 		KindNotFound:      fmt.Errorf("wrapped: %w", errNothing),
 	} {
 		requireError(t, fail(ctx, "Save", ModuleVersion{"m", "v1"}, err), kind, "gcs.Save", "m", "v1")
-	}
-}
-
-func TestNeeds(t *testing.T) {
-	for _, err := range []error{asGoogle(403, "denied"), asStatus(codes.PermissionDenied), asAPI(t, codes.PermissionDenied)} {
-		got := withPermission(err, "storage.objects.update")
-		require.ErrorContains(t, got, "storage.objects.update")
-		require.ErrorContains(t, got, "roles/storage.objectUser")
-		require.ErrorIs(t, got, err)
-		require.True(t, isForbidden(got))
-	}
-	for _, err := range []error{
-		asGoogle(403, "Object 'm' is subject to bucket's retention policy and cannot be deleted or overwritten"),
-		asGoogle(412, "denied"), asStatus(codes.NotFound), io.EOF, nil,
-	} {
-		require.Equal(t, err, withPermission(err, "storage.objects.update"))
 	}
 }
 

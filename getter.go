@@ -2,9 +2,10 @@ package gcs
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"hash/crc32"
 	"io"
-	"time"
+	"io/fs"
 
 	"cloud.google.com/go/storage"
 )
@@ -60,9 +61,10 @@ func (s *Storage) Zip(ctx context.Context, module, version string) (SizeReadClos
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Zip", v)
 	err := s.bucket.check(v)
-	z := &zipReader{s: s, ctx: ctx, v: v}
+	z := &zipReader{s: s, ctx: ctx, v: v, end: -1}
+	z.attrs.Generation = -1 // the latest
 	if err == nil {
-		z.r, z.cancel, err = s.bucket.open(ctx, v, extZip)
+		_, err = z.read(nil)
 	}
 	if err != nil {
 		return nil, c.end(err)
@@ -70,39 +72,104 @@ func (s *Storage) Zip(ctx context.Context, module, version string) (SizeReadClos
 	return z, c.end(nil)
 }
 
-// A zipReader is a stream whose errors are those of this package.
+// A zipReader is the stream of a zip. Where it breaks, it opens the same object again.
+// The client would do so too, but wait without a limit for an answer.
 type zipReader struct {
-	s      *Storage
-	r      *storage.Reader
-	ctx    context.Context // the caller's
+	s   *Storage
+	ctx context.Context // the caller's
+	v   ModuleVersion
+
+	attrs       storage.ReaderObjectAttrs // of the object
+	offset, end int64                     // bytes read, and to read: -1 when not known
+	sum         uint32                    // CRC32C of those read
+	err         error                     // that ended the stream
+
+	r      *storage.Reader // nil when it has to be opened
 	cancel context.CancelFunc
-	v      ModuleVersion
-	err    error // of the Read that failed, if any
 }
 
-func (z *zipReader) Size() int64 { return z.r.Attrs.Size }
+func (z *zipReader) Size() int64 { return z.attrs.Size }
 
-func (z *zipReader) Read(p []byte) (int, error) {
-	// The client asks for the rest of a broken stream without a limit.
-	stuck := time.AfterFunc(retryLimit, z.cancel)
-	n, err := z.r.Read(p)
-	if !stuck.Stop() && err != nil && err != io.EOF && z.ctx.Err() == nil {
-		err = fmt.Errorf("nothing came in %v: %w", retryLimit, err)
+func (z *zipReader) Read(p []byte) (n int, err error) {
+	switch {
+	case z.err != nil:
+	case z.offset != z.end:
+		n, z.err = z.read(p)
+	case z.sum != z.attrs.CRC32C && z.attrs.CRC32C != 0 && !z.attrs.Decompressed:
+		// The client checks only what it reads in one stream.
+		z.err = errors.New("the zip was corrupted on its way: its CRC32C is another")
+	default:
+		z.err = io.EOF
 	}
-	if err != io.EOF {
-		z.err = z.s.wrapError(z.ctx, "Zip", z.v, err)
-		err = z.err
+	if z.err == io.EOF {
+		return n, io.EOF
 	}
+	return n, z.s.wrapError(z.ctx, "Zip", z.v, z.err)
+}
+
+// read reads once, for as long as it takes to get an answer.
+func (z *zipReader) read(p []byte) (n int, err error) {
+	err = z.s.bucket.do(z.ctx, "read of .zip", requestTimeout, func(ctx context.Context) error {
+		n, err = z.try(ctx, p)
+		return err
+	})
 	return n, err
 }
 
-// Close returns the error of the Read that failed, if any: a caller that copies the
-// stream may look at no other.
-func (z *zipReader) Close() error {
-	defer z.cancel()
-	err := z.s.wrapError(z.ctx, "Zip", z.v, z.r.Close())
-	if z.err != nil {
-		return z.err
+// try reads once, from where the stream is, and opens it before if need be. ctx bounds
+// the wait, and not the stream. What comes with an error is read again.
+func (z *zipReader) try(ctx context.Context, p []byte) (n int, err error) {
+	streamCtx := z.ctx
+	if z.r == nil {
+		streamCtx, z.cancel = context.WithCancel(z.ctx)
+	}
+	defer context.AfterFunc(ctx, z.cancel)()
+	if z.r == nil {
+		err = z.open(streamCtx)
+	}
+	if err == nil {
+		n, err = z.r.Read(p)
+	}
+	if err == io.EOF && z.end < 0 {
+		z.end = z.offset + int64(n)
+	}
+	if err != nil && z.offset+int64(n) != z.end {
+		z.drop()
+		return 0, err
+	}
+	z.offset += int64(n)
+	z.sum = crc32.Update(z.sum, crc32c, p[:n])
+	return n, nil
+}
+
+func (z *zipReader) open(ctx context.Context) (err error) {
+	z.r, err = z.s.bucket.object(z.v, extZip).Generation(z.attrs.Generation).NewRangeReader(ctx, z.offset, -1)
+	if err == nil && z.offset == 0 {
+		z.attrs, z.end = z.r.Attrs, z.r.Attrs.Size
+	}
+	if err == nil && z.r.Attrs.Decompressed { // GCS sends all of it
+		_, err = io.CopyN(io.Discard, z.r, z.offset)
 	}
 	return err
+}
+
+// drop closes what is open.
+func (z *zipReader) drop() (err error) {
+	defer z.cancel()
+	if z.r != nil {
+		err = z.r.Close()
+	}
+	z.r = nil
+	return err
+}
+
+// Close returns the error that ended the stream, if one has.
+func (z *zipReader) Close() error {
+	err := z.drop()
+	if z.err == nil || z.err == io.EOF {
+		z.err = fs.ErrClosed
+	} else {
+		err = z.err
+	}
+	return z.s.wrapError(z.ctx, "Zip", z.v, err)
 }

@@ -242,7 +242,7 @@ func TestDeadlineExceededAtOnce(t *testing.T) {
 	withStorage(t, func(t *testing.T, _ *fakeGCS, s *Storage) {
 		calls := 0
 		start := time.Now()
-		_ = s.bucket.do(t.Context(), requestTimeout, func(ctx context.Context) error {
+		_ = s.bucket.do(t.Context(), "", requestTimeout, func(ctx context.Context) error {
 			if calls++; calls == 200 {
 				return nil
 			}

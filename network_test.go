@@ -1,13 +1,38 @@
 package gcs
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
 	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"cloud.google.com/go/auth"
+	"cloud.google.com/go/compute/metadata"
+	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/oauth2"
+	"google.golang.org/api/option"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A wire is the way of a machine's requests. What fails returns, if it is an answer or
@@ -78,5 +103,469 @@ func TestInsistent(t *testing.T) {
 				require.ErrorIs(t, err, context.DeadlineExceeded)
 			}
 		})
+	}
+}
+
+// overGRPC returns a Storage whose calls over gRPC meet what fails returns, and whose
+// client has these options.
+func (f *fakeGCS) overGRPC(t *testing.T, fails func() error, opts ...grpc.DialOption) *Storage {
+	m := f.Register("wire")
+	listener, server := bufconn.Listen(1<<20), m.GRPCServer()
+	go server.Serve(listener)
+	conn, err := grpc.NewClient("passthrough:///fakegcs", append(opts,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if err := fails(); err != nil {
+				return err
+			}
+			return invoker(ctx, method, req, reply, cc, opts...)
+		}),
+		grpc.WithStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			if err := fails(); err != nil {
+				return nil, err
+			}
+			return streamer(ctx, desc, cc, method, opts...)
+		}))...)
+	require.NoError(t, err)
+	client, err := storage.NewGRPCClient(t.Context(), option.WithGRPCConn(conn), option.WithoutAuthentication(), storage.WithDisabledClientMetrics())
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		client.Close()
+		server.Stop()
+	})
+	return newStorage(client.Bucket(fakegcs.Bucket), WithChunkSize(faultChunk))
+}
+
+func dialing(errno syscall.Errno) error {
+	return &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errno)}
+}
+
+func fetchingToken(err error) error { return fmt.Errorf("credentials: cannot fetch token: %w", err) }
+
+// outages are what requests meet, over HTTP, when the network is down, or a token
+// cannot be fetched, and why they are made again.
+var outages = map[string]struct {
+	err    error
+	reason string
+}{
+	"unknown":            {errors.New("what nobody has met"), "network"},
+	"no route":           {dialing(syscall.EHOSTUNREACH), "network"},
+	"net unreachable":    {dialing(syscall.ENETUNREACH), "network"},
+	"no address":         {dialing(syscall.EADDRNOTAVAIL), "network"},
+	"refused":            {dialing(syscall.ECONNREFUSED), "network"},
+	"no such host":       {&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "storage.googleapis.com", IsNotFound: true}}, "network"},
+	"idle connection":    {errors.New("http: server closed idle connection"), "network"},
+	"HTTP/2":             {errors.New("http2: client connection lost"), "network"},
+	"EOF":                {io.EOF, "network"},
+	"metadata 404":       {fetchingToken(metadata.NotDefinedError("instance/service-accounts/default/token")), "token"},
+	"metadata 429":       {fetchingToken(&metadata.Error{Code: 429}), "token"},
+	"metadata 503":       {fetchingToken(&metadata.Error{Code: 503}), "token"},
+	"issuer unreachable": {fmt.Errorf("auth: cannot fetch token: %w", dialing(syscall.EHOSTUNREACH)), "token"},
+	"issuer 502":         {&auth.Error{Response: &http.Response{StatusCode: 502}}, "token"},
+	"issuer 500":         {&oauth2.RetrieveError{Response: &http.Response{StatusCode: 500, Status: "500 oh"}}, "token"},
+}
+
+// grpcOutages are the same over gRPC, where only texts are left of the errors.
+var grpcOutages = map[string]struct {
+	err    error
+	reason string
+}{
+	"unknown":     {errors.New("what nobody has met"), "network"},
+	"no route":    {status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp: connect: no route to host"`), "network"},
+	"token":       {status.Error(codes.Unauthenticated, "transport: per-RPC creds failed due to error: "+fetchingToken(&metadata.Error{Code: 503}).Error()), "token"},
+	"cancelled":   {status.Error(codes.Canceled, "stream terminated by RST_STREAM with error code: CANCEL"), "network"},
+	"security":    {status.Error(codes.PermissionDenied, "stream terminated by RST_STREAM with error code: INADEQUATE_SECURITY"), "network"},
+	"unknown 500": {status.Error(codes.Unknown, "oh"), "5xx"},
+	"proxy 502":   {status.Error(codes.Unavailable, "unexpected HTTP status code received from server: 502 (Bad Gateway)"), "network"},
+}
+
+// outageCalls are those that an outage interrupts, beside everyCall: all succeed.
+func outageCalls(s *Storage) map[string]func(context.Context) error {
+	calls, large := everyCall(s), contentOf("a", 3*faultChunk-1)
+	calls["Save in chunks"] = func(ctx context.Context) error { return large.saveFrom(ctx, s, plain(bytes.NewReader(large.zip))) }
+	calls["Save over leftovers"] = calls["Save"]
+	calls["Save complete"] = func(ctx context.Context) error {
+		if err := calls["Save"](ctx); !Is(err, KindAlreadyExists) {
+			return fmt.Errorf("not complete: %w", err)
+		}
+		return nil
+	}
+	calls["Stash new"] = func(ctx context.Context) error {
+		next := func(ctx context.Context, _, vers string) (string, error) { return vers, calls["Save"](ctx) }
+		_, err := s.SingleFlight(stashFunc(next)).Stash(ctx, testModule, testVersion)
+		return err
+	}
+	return calls
+}
+
+// play makes a call, whose n-th request and all others within that time fail with err.
+// It reports whether the call makes so many.
+func playOutage(t *testing.T, name string, err error, n int64, lasts time.Duration, overGRPC bool) (met bool) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		switch name {
+		case "Save", "Save in chunks", "Stash new":
+		case "Save over leftovers":
+			leave(f, marked(givenUp, "old"), extMod, extZip)
+		case "Repair":
+			leaveUnfinished(f)
+		default:
+			storeVersion(f, testModule, testVersion)
+		}
+		if name == "Zip" {
+			f.fault(fakegcs.LostBody, func(r *fakegcs.Request) bool { return r.N == 0 }) // in the middle of the stream
+		}
+		var requests atomic.Int64
+		var until atomic.Int64
+		fails := func() error {
+			if requests.Add(1) == n {
+				until.Store(time.Now().Add(lasts).UnixNano())
+			}
+			if time.Now().UnixNano() < until.Load() {
+				return err
+			}
+			return nil
+		}
+		s := f.on(func(r *http.Request) (*http.Response, error) {
+			if err := fails(); err != nil {
+				return nil, &url.Error{Op: r.Method, URL: r.URL.String(), Err: err}
+			}
+			return nil, nil
+		}, WithChunkSize(faultChunk))
+		if overGRPC {
+			s = f.overGRPC(t, fails)
+		}
+		start := time.Now()
+		require.NoError(t, outageCalls(s)[name](t.Context()), "%s, down for %v at request %d: %v", name, lasts, n, err)
+		if met = requests.Load() >= n; met {
+			// The client waits for up to twice as long before it sends a chunk again.
+			require.Less(t, time.Since(start), 2*lasts+30*time.Second, "%s, down for %v at request %d: %v", name, lasts, n, err)
+		}
+	})
+	return met
+}
+
+// Whatever fails requests for some seconds, from whichever request of whichever call on,
+// the call succeeds.
+func TestOutages(t *testing.T) {
+	for name := range outageCalls(nil) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for n, met := int64(1), true; met; n++ {
+				for _, lasts := range []time.Duration{time.Second, 3 * time.Second, 10 * time.Second} {
+					met = playOutage(t, name, outages["unknown"].err, n, lasts, false)
+				}
+				playOutage(t, name, grpcOutages["token"].err, n, 3*time.Second, true)
+			}
+			for _, outage := range outages {
+				playOutage(t, name, outage.err, 2, 3*time.Second, false)
+			}
+			for _, outage := range grpcOutages {
+				playOutage(t, name, outage.err, 2, 3*time.Second, true)
+			}
+		})
+	}
+}
+
+func TestReasons(t *testing.T) {
+	for name, outage := range outages {
+		require.Equal(t, outage.reason, retryReason(&url.Error{Op: "Get", URL: "https://storage.googleapis.com", Err: outage.err}), name)
+	}
+	for name, outage := range grpcOutages {
+		require.Equal(t, outage.reason, retryReason(fmt.Errorf("wrapped: %w", outage.err)), name)
+	}
+}
+
+// A stream that breaks, and whose next request hangs, goes on after 5 s. What it read
+// in parts is checked as a whole, and Close repeats why a stream ended.
+func TestZipStream(t *testing.T) {
+	zip := bigZip()
+	for name, test := range map[string]struct {
+		faults []fakegcs.Fault
+		edit   func(n int, resp *http.Response) // of the n-th answer
+		fails  string
+		takes  time.Duration
+	}{
+		"breaks and hangs": {faults: []fakegcs.Fault{fakegcs.LostBody, fakegcs.Hung}, takes: requestTimeout},
+		"hangs at once":    {faults: []fakegcs.Fault{fakegcs.Hung}, takes: requestTimeout},
+		"stalls": {takes: requestTimeout, edit: func(n int, resp *http.Response) {
+			if n == 1 {
+				resp.Body = body{io.MultiReader(io.LimitReader(resp.Body, 1000), stalled{resp.Request.Context()}), resp.Body}
+			}
+		}},
+		"corrupted": {faults: []fakegcs.Fault{fakegcs.LostBody}, fails: "CRC32C", edit: func(n int, resp *http.Response) {
+			if n == 1 {
+				io.ReadFull(resp.Body, make([]byte, 1))
+				resp.Body = body{io.MultiReader(strings.NewReader("X"), resp.Body), resp.Body}
+			}
+		}},
+		"decompressed": {faults: []fakegcs.Fault{fakegcs.LostBody}, edit: func(n int, resp *http.Response) {
+			resp.Header.Set("X-Goog-Stored-Content-Encoding", "gzip")
+			resp.Header.Set("X-Goog-Hash", "crc32c=AAAAAQ==")
+			resp.ContentLength = -1
+			if n > 1 { // GCS sends all of it, whatever is asked for
+				resp.StatusCode = http.StatusOK
+				resp.Body = body{bytes.NewReader(zip), resp.Body}
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+				f.Put(objectName(extZip), zip, nil)
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.N < len(test.faults) {
+						return test.faults[r.N]
+					}
+					return fakegcs.NoFault
+				})
+				m, n := f.Register("edited"), 0
+				m.Connect(wire{m, func(r *http.Request) (*http.Response, error) {
+					resp, err := m.RoundTrip(r)
+					if n++; err == nil && test.edit != nil {
+						test.edit(n, resp)
+					}
+					return resp, err
+				}})
+				start := time.Now()
+				r, err := newStorage(m.Bucket).Zip(t.Context(), testModule, testVersion)
+				require.NoError(t, err)
+				got, err := io.ReadAll(r)
+				require.InDelta(t, test.takes.Seconds(), time.Since(start).Seconds(), 2)
+				if test.fails != "" {
+					requireError(t, err, KindUnexpected, "gcs.Zip", testModule, testVersion)
+					require.ErrorContains(t, err, test.fails)
+				} else {
+					require.NoError(t, err)
+					require.True(t, bytes.Equal(zip, got))
+				}
+				require.Equal(t, err, r.Close())
+				_, readErr := r.Read(make([]byte, 1))
+				require.ErrorContains(t, readErr, cmp.Or(err, fs.ErrClosed).Error())
+				requireNothingInFlight(t, f)
+			})
+		})
+	}
+}
+
+// body is that of an answer which was edited.
+type body struct {
+	io.Reader
+	io.Closer
+}
+
+// stalled is the rest of a body of which nothing comes.
+type stalled struct{ context.Context }
+
+func (s stalled) Read([]byte) (int, error) {
+	<-s.Done()
+	return 0, s.Err()
+}
+
+// A download that was corrupted once is made again.
+func TestCorruptedRead(t *testing.T) {
+	forReaders(t, func(t *testing.T, f *fakeGCS, _ *Storage, op string) {
+		if op == "Zip" {
+			t.Skip("its caller has read it by then")
+		}
+		storeVersion(f, testModule, testVersion)
+		m, n := f.Register("corrupted"), 0
+		m.Connect(wire{m, func(r *http.Request) (*http.Response, error) {
+			resp, err := m.RoundTrip(r)
+			if n++; n == 1 {
+				io.ReadFull(resp.Body, make([]byte, 1))
+				resp.Body = body{io.MultiReader(strings.NewReader("X"), resp.Body), resp.Body}
+			}
+			return resp, err
+		}})
+		got, err := readers[op](t.Context(), newStorage(m.Bucket), testModule, testVersion)
+		require.NoError(t, err)
+		require.Equal(t, extOf[op]+" of "+testVersion, got)
+		require.Equal(t, 2, n)
+	})
+}
+
+// All tries of a request end 5 minutes after the first began, also one that hangs then.
+func TestFiveMinutes(t *testing.T) {
+	c := contentOf("a", 1<<20)
+	for op, call := range map[string]func(context.Context, *Storage) error{
+		"list": func(ctx context.Context, s *Storage) error {
+			_, err := s.Exists(ctx, testModule, testVersion)
+			return err
+		},
+		"get": func(ctx context.Context, s *Storage) error {
+			_, err := s.Info(ctx, testModule, testVersion)
+			return err
+		},
+		"insert": func(ctx context.Context, s *Storage) error { return c.save(ctx, s) },
+	} {
+		t.Run(op, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+				start := time.Now()
+				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+					if r.Op != op || op == "insert" && r.Object != objectName(extZip) {
+						return fakegcs.NoFault
+					}
+					if at := time.Since(start); op != "insert" && at > 156*time.Second && at < 299*time.Second {
+						return fakegcs.Unavailable
+					}
+					return fakegcs.Hung
+				})
+				require.ErrorContains(t, call(t.Context(), s), "5m0s")
+				require.InDelta(t, retryLimit.Seconds(), time.Since(start).Seconds(), 1)
+			})
+		})
+	}
+}
+
+// The caller's own settings of the client's retries change nothing: every request of
+// every call is answered 503 once.
+func TestCallersRetrySettings(t *testing.T) {
+	for name, option := range map[string]storage.RetryOption{
+		"never":          storage.WithPolicy(storage.RetryNever),
+		"always":         storage.WithPolicy(storage.RetryAlways),
+		"attempts":       storage.WithMaxAttempts(1),
+		"error function": storage.WithErrorFunc(func(error) bool { return false }),
+		"duration":       storage.WithMaxRetryDuration(time.Nanosecond),
+	} {
+		t.Run(name, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+				for _, onHandle := range []bool{true, false} {
+					m := f.Register(fmt.Sprint("m", onHandle))
+					if strings.HasSuffix(t.Name(), "gRPC") {
+						m.ConnectGRPC()
+					} else {
+						m.Connect(m)
+					}
+					bucket := m.Bucket.Retryer(option)
+					if !onHandle {
+						m.Client.SetRetry(option)
+						bucket = m.Client.Bucket(fakegcs.Bucket)
+					}
+					for name := range outageCalls(nil) {
+						if !strings.HasPrefix(name, "Save") && name != "Stash new" || name == "Save complete" {
+							storeVersion(f, testModule, testVersion)
+						}
+						failed := map[string]bool{} // once
+						var mu sync.Mutex
+						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+							mu.Lock()
+							defer mu.Unlock()
+							at := fmt.Sprint(r.Op, r.Object, r.Cond)
+							if failed[at] {
+								return fakegcs.NoFault
+							}
+							if failed[at] = true; name == "Zip" && len(failed) == 1 {
+								return fakegcs.LostBody
+							}
+							return fakegcs.Unavailable
+						})
+						require.NoError(t, outageCalls(newStorage(bucket, WithChunkSize(faultChunk)))[name](t.Context()), name)
+						require.NotEmpty(t, failed)
+						for _, object := range f.Names() {
+							f.Remove(object)
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
+// A refusal says what is wrong. Only a caller without a permission is told to get one.
+func TestRefusals(t *testing.T) {
+	const hint, scopes = "the caller needs storage.objects.list on the bucket, which roles/storage.objectUser holds", "OAuth scopes"
+	for name, test := range map[string]struct {
+		message, reason string
+		hint            string
+		again           bool
+	}{
+		"permission":     {"a@b does not have storage.objects.list access to the Google Cloud Storage bucket.", "forbidden", hint, false},
+		"scopes":         {"Insufficient Permission", "insufficientPermissions", scopes, false},
+		"scopes of gRPC": {"Request had insufficient authentication scopes.", "forbidden", scopes, false},
+		"billing":        {"The billing account for the owning project is disabled in state absent", "accountDisabled", "", false},
+		"hold":           {"Object 'modules/m' is under active Event-Based hold and cannot be deleted", "objectUnderActiveHold", "", false},
+		"retention":      {"Object 'modules/m' is subject to bucket's retention policy", "retentionPolicyNotMet", "", false},
+		"perimeter":      {"Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: x", "vpcServiceControls", "", false},
+		"key":            {"Permission denied on Cloud KMS key.", "forbidden", "", false},
+		"rate":           {"Too many", "rateLimitExceeded", "", true},
+		"rate of a user": {"Too many", "userRateLimitExceeded", "", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, overGRPC := range []bool{false, true} {
+				withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+					tries := 0
+					s := f.on(func(*http.Request) (*http.Response, error) {
+						tries++
+						body := fmt.Sprintf(`{"error":{"code":403,"message":%q,"errors":[{"reason":%q}]}}`, test.message, test.reason)
+						return &http.Response{StatusCode: 403, Body: io.NopCloser(strings.NewReader(body))}, nil
+					})
+					if overGRPC {
+						s = f.overGRPC(t, func() error {
+							tries++
+							return status.Error(codes.PermissionDenied, test.message+" "+test.reason)
+						})
+					}
+					start := time.Now()
+					_, err := s.Exists(within(t, time.Hour), testModule, testVersion)
+					require.ErrorContains(t, err, test.message)
+					require.ErrorContains(t, err, test.hint)
+					if test.hint != hint {
+						require.NotContains(t, err.Error(), "objectUser")
+					}
+					if test.hint == "" {
+						require.NotContains(t, err.Error(), scopes)
+					}
+					if test.again {
+						require.Equal(t, KindRateLimit, Kind(err))
+						require.InDelta(t, retryLimit.Seconds(), time.Since(start).Seconds(), 1)
+						require.Less(t, tries, 300, "at most one a second")
+					} else {
+						require.Equal(t, KindUnexpected, Kind(err))
+						require.Equal(t, 1, tries)
+					}
+				})
+			}
+		})
+	}
+}
+
+// The log tells of a request that is made again for long, when it has taken 5, 10, 20,
+// 40 s and so on, and when it is answered at last. The counter has every further try.
+func TestRetriesAreTold(t *testing.T) {
+	for fault, reason := range map[fakegcs.Fault]string{fakegcs.Unavailable: "5xx", fakegcs.TooMany: "429", fakegcs.Hung: "timeout"} {
+		for _, lasts := range []time.Duration{2 * time.Second, 70 * time.Second, time.Hour} {
+			t.Run(fmt.Sprint(fault, lasts), func(t *testing.T) {
+				w := watch(t)
+				bubble(t, 0, func(t *testing.T, f *fakeGCS) {
+					storeVersion(f, testModule, testVersion)
+					start := time.Now()
+					f.fault(fault, func(r *fakegcs.Request) bool { return time.Since(start) < lasts })
+					var log syncedLog
+					_, err := f.storage("m", log.option()).Info(t.Context(), testModule, testVersion)
+					require.Equal(t, lasts > retryLimit, err != nil)
+					require.Equal(t, map[string]float64{reason: float64(len(f.Log()) - 1)}, w.measure("gcs.retries", "{retry}"))
+					var at []time.Duration
+					for _, line := range log.lines(slog.LevelWarn) {
+						_, stamp, _ := strings.Cut(line, "time=")
+						when, err := time.Parse(time.RFC3339Nano, strings.Fields(stamp)[0])
+						require.NoError(t, err)
+						at = append(at, when.Sub(start).Round(time.Second))
+						require.Contains(t, line, `request="read of .info" module=example.com/mod version=v1.0.0 for=`+at[len(at)-1].String()+" error=")
+					}
+					want := map[time.Duration][]time.Duration{70 * time.Second: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
+					if fault == fakegcs.Hung {
+						want = map[time.Duration][]time.Duration{2 * time.Second: {5}, 70 * time.Second: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
+					}
+					for i := range want {
+						want[i] *= time.Second
+					}
+					require.Equal(t, want, at)
+					if answered := log.lines(slog.LevelInfo); lasts == 70*time.Second {
+						require.Len(t, answered, 1)
+						require.Contains(t, answered[0], "answered")
+					}
+				})
+			})
+		}
 	}
 }

@@ -39,12 +39,12 @@ func (b *bucket) checkPermissions(ctx context.Context) error {
 		return err
 	}
 	var have []string
-	err := b.do(ctx, requestTimeout, func(ctx context.Context) (err error) {
+	err := b.do(ctx, "permissions", requestTimeout, func(ctx context.Context) (err error) {
 		have, err = b.handle.IAM().TestPermissions(ctx, required)
 		return err
 	})
 	if err != nil {
-		if !isForbidden(err) && !isTransient(err) && !hasCode(err, http.StatusUnauthorized, codes.Unauthenticated) {
+		if hasCode(err, http.StatusNotFound, codes.NotFound) || hasCode(err, http.StatusNotImplemented, codes.Unimplemented) {
 			_, _, err = b.page(ctx, &storage.Query{}, "", 1)
 		}
 		if err != nil {

@@ -16,9 +16,9 @@ const maxPage = 999
 
 // attrs returns the attributes of an object, or nil if there is none.
 func (b *bucket) attrs(ctx context.Context, v ModuleVersion, ext string) (attrs *storage.ObjectAttrs, err error) {
-	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
+	err = b.do(ctx, "attributes of ."+ext, requestTimeout, func(ctx context.Context) error {
 		attrs, err = b.object(v, ext).Attrs(ctx)
-		return withPermission(err, "storage.objects.get")
+		return err
 	})
 	if isAbsentObject(err) {
 		return nil, nil
@@ -29,9 +29,9 @@ func (b *bucket) attrs(ctx context.Context, v ModuleVersion, ext string) (attrs 
 // update replaces an object's metadata, or clears it if metadata is empty, and
 // returns what the object is then.
 func (b *bucket) update(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions, metadata map[string]string) (attrs *storage.ObjectAttrs, err error) {
-	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
+	err = b.do(ctx, "update of ."+ext, requestTimeout, func(ctx context.Context) error {
 		attrs, err = b.object(v, ext).If(cond).Update(ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
-		return withPermission(err, "storage.objects.update")
+		return err
 	})
 	return attrs, err
 }
@@ -58,8 +58,8 @@ func (b *bucket) clear(ctx context.Context, v ModuleVersion, ext string, cond st
 
 // remove deletes an object. It is no error if there is none.
 func (b *bucket) remove(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions) error {
-	err := b.do(ctx, requestTimeout, func(ctx context.Context) error {
-		return withPermission(b.object(v, ext).If(cond).Delete(ctx), "storage.objects.delete")
+	err := b.do(ctx, "delete of ."+ext, requestTimeout, func(ctx context.Context) error {
+		return b.object(v, ext).If(cond).Delete(ctx)
 	})
 	if isAbsentObject(err) {
 		return nil
@@ -139,7 +139,7 @@ func (b *bucket) group(page []*storage.ObjectAttrs, seen map[ModuleVersion]snaps
 func (b *bucket) page(ctx context.Context, q *storage.Query, token string, size int) (page []*storage.ObjectAttrs, next string, err error) {
 	q.Projection = storage.ProjectionNoACL
 	q.SetAttrSelection([]string{"Name", "Size", "Generation", "Metageneration", "Metadata", "Created", "Updated"})
-	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
+	err = b.do(ctx, "list", requestTimeout, func(ctx context.Context) error {
 		page, next = nil, ""
 		it := b.handle.Objects(ctx, q)
 		info := it.PageInfo()
@@ -150,7 +150,7 @@ func (b *bucket) page(ctx context.Context, q *storage.Query, token string, size 
 				return nil
 			}
 			if err != nil {
-				return withPermission(err, "storage.objects.list")
+				return err
 			}
 			page = append(page, attrs)
 			if info.Remaining() == 0 { // Next would ask for another page
@@ -164,33 +164,13 @@ func (b *bucket) page(ctx context.Context, q *storage.Query, token string, size 
 
 // read returns the bytes of an object.
 func (b *bucket) read(ctx context.Context, v ModuleVersion, ext string) (data []byte, err error) {
-	err = b.do(ctx, requestTimeout, func(ctx context.Context) error {
+	err = b.do(ctx, "read of ."+ext, requestTimeout, func(ctx context.Context) error {
 		r, err := b.object(v, ext).NewReader(ctx)
 		if err == nil {
 			data, err = io.ReadAll(r)
 			r.Close()
 		}
-		return withPermission(err, "storage.objects.get")
+		return err
 	})
 	return data, err
-}
-
-// open returns a stream of an object, which ends with ctx, or when cancel is called.
-// The time of a try bounds the wait for its answer, and not the stream.
-func (b *bucket) open(ctx context.Context, v ModuleVersion, ext string) (r *storage.Reader, cancel context.CancelFunc, err error) {
-	err = b.do(ctx, requestTimeout, func(tryCtx context.Context) error {
-		var streamCtx context.Context
-		streamCtx, cancel = context.WithCancel(ctx)
-		stop := context.AfterFunc(tryCtx, cancel)
-		r, err = b.streamed(v, ext, isTransient).NewReader(streamCtx)
-		if err == nil && !stop() { // answered, but too late
-			r.Close()
-			err = tryCtx.Err()
-		}
-		if err != nil {
-			cancel()
-		}
-		return withPermission(err, "storage.objects.get")
-	})
-	return r, cancel, err
 }

@@ -382,7 +382,7 @@ func TestSaveSleeperWakes(t *testing.T) {
 			sleeper := f.Machine("a")
 			f.atFirst(on("a", op, extZip), func() {
 				sleeper.Pause()
-				time.AfterFunc(5*time.Minute, sleeper.Resume)
+				time.AfterFunc(retryLimit-time.Minute, sleeper.Resume)
 			})
 			var group sync.WaitGroup
 			group.Go(func() {

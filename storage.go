@@ -40,17 +40,19 @@ const (
 //   - KindGatewayTimeout: the context's deadline passed. A cancelled context is
 //     KindUnexpected. errors.Is reaches the context's error in both cases.
 //   - KindRateLimit: GCS limited the rate for longer than the retries lasted.
-//   - KindUnexpected: anything else. If GCS refused access, the message names the
-//     permission, and a role that holds it.
+//   - KindUnexpected: anything else. If GCS says that the caller lacks a permission, the
+//     message names it, and a role that holds it.
 //
 // # Requests
 //
-// A request is retried for up to 5 minutes, or until its context ends, if the client
-// would retry it, if the connection closed without an answer, or if it met another
-// change of the same object (409). That is safe because every change is conditional.
-// A request without an answer is sent again after 5 seconds, an upload after 10
-// seconds and more, and each time the wait is twice as long. The client retries a zip
-// stream that breaks, and the chunks of a zip. A chunk of 16 MiB has to be sent in 74
+// A request is made again for up to 5 minutes, the last try included, or until its
+// context ends. That is safe because every change is conditional. An answer of GCS
+// decides by its code: 408, 409, 429, 5xx but 501, and a 403 that limits the rate are
+// tried again. Without an answer, only what never passes is final: a certificate that
+// does not verify, an unknown scheme, a credential that its issuer refuses. A request
+// without an answer is sent again after 5 seconds, an upload after 10 seconds and more,
+// and each time the wait is twice as long. A zip stream that breaks, or stalls, goes on
+// where it was. The client retries the chunks of a zip. A chunk of 16 MiB has to be sent in 74
 // seconds, the smallest, of 256 KiB, in 11 ([WithChunkSize]). An upload breaks off when a
 // chunk is not sent in two tries: after 2 minutes and 38 seconds, or 32 seconds. It is
 // made again if the zip can be read again. So a line has to carry 222 KiB a second, or 24
@@ -135,8 +137,8 @@ func WithErrors(wrap func(*Error) error) Option {
 // gRPC, remains the caller's to close. NewStorage panics if bucket or an option is
 // nil.
 //
-// A back-off that was set with [storage.BucketHandle.Retryer] is used for what the
-// client retries. The client may switch the other retries off in the handle that was
+// Retry settings of the caller's change nothing, but a back-off that was set with
+// [storage.BucketHandle.Retryer] is used for the chunks of a zip. The client may switch the other retries off in the handle that was
 // passed: do not use it for anything else.
 func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 	if bucket == nil {
@@ -156,7 +158,7 @@ func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 		}
 		opt(s)
 	}
-	s.bucket.log = s.log
+	s.bucket.log, s.bucket.telemetry = s.log, &s.telemetry
 	return s
 }
 

@@ -198,27 +198,3 @@ func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
 	}})
 	return NewStorage(m.Bucket, opts...)
 }
-
-// A client with retry settings of its own changes neither what this package retries
-// nor what it leaves to the client.
-func TestCallersRetrySettings(t *testing.T) {
-	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
-		m := f.Machine("m")
-		s := NewStorage(m.Bucket.Retryer(storage.WithPolicy(storage.RetryNever)), WithChunkSize(256<<10))
-		failed := map[string]bool{} // once
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if failed[r.Op] {
-				return fakegcs.NoFault
-			}
-			failed[r.Op] = true
-			return map[bool]fakegcs.Fault{true: fakegcs.LostBody, false: fakegcs.Unavailable}[r.Op == "get"]
-		})
-		c := contentOf("a", 1<<20)
-		require.NoError(t, c.saveFrom(t.Context(), s, plain(bytes.NewReader(c.zip))))
-		zip, err := s.Zip(t.Context(), testModule, testVersion)
-		require.NoError(t, err)
-		returns(t, c.zip)(io.ReadAll(zip))
-		require.NoError(t, zip.Close())
-		require.Equal(t, map[string]bool{"insert": true, "attrs": true, "start": true, "chunk": true, "patch": true, "get": true}, failed)
-	})
-}

@@ -16,6 +16,7 @@ type telemetry struct {
 	saves          metric.Int64Counter
 	takeovers      metric.Int64Counter
 	renewalsFailed metric.Int64Counter
+	retries        metric.Int64Counter
 	waits          metric.Float64Histogram
 }
 
@@ -32,6 +33,7 @@ func newTelemetry() telemetry {
 	t.saves = counter("gcs.saves", "{save}", "Calls of Save, by outcome.")
 	t.takeovers = counter("gcs.takeovers", "{takeover}", "Markers taken over from a holder that stopped renewing them.")
 	t.renewalsFailed = counter("gcs.renewals.failed", "{renewal}", "Renewals of a marker that failed.")
+	t.retries = counter("gcs.retries", "{retry}", "Requests made again, by reason.")
 	var err error
 	t.waits, err = meter.Float64Histogram("gcs.waits", metric.WithUnit("s"),
 		metric.WithDescription("How long calls of Save and Stash waited for another's save or fetch."),

@@ -62,7 +62,7 @@ func (w watcher) spans() (spans tracetest.SpanStubs) {
 	return spans
 }
 
-// measure returns a counter's sum for each outcome, "" for none; of a histogram,
+// measure returns a counter's sum for each outcome or reason, "" for none; of a histogram,
 // that of the values, and their number as "count".
 func (w watcher) measure(name, unit string) map[string]float64 {
 	w.t.Helper()
@@ -81,7 +81,8 @@ func (w watcher) measure(name, unit string) map[string]float64 {
 				for _, p := range data.DataPoints {
 					require.True(w.t, data.IsMonotonic)
 					outcome, _ := p.Attributes.Value("outcome")
-					sums[outcome.AsString()] += float64(p.Value)
+					reason, _ := p.Attributes.Value("reason")
+					sums[outcome.AsString()+reason.AsString()] += float64(p.Value)
 				}
 			case metricdata.Histogram[float64]:
 				for _, p := range data.DataPoints {

@@ -2,11 +2,12 @@ package gcs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
+	"math"
 	"net/http"
 	"strings"
 	"time"
@@ -39,22 +40,27 @@ func newWriter(ctx context.Context, object *storage.ObjectHandle, ext string, co
 	return w
 }
 
-// chunkWriter returns a writer that sends an object in chunks. A chunk is sent again
-// when it hangs, once at least.
-func (b *bucket) chunkWriter(ctx context.Context, object *storage.ObjectHandle, cond storage.Conditions, metadata map[string]string, md5 []byte) *storage.Writer {
+// chunkWriter returns a writer that sends a zip in chunks. The client sends a chunk again
+// that hangs, once at least, and what t takes for worth another try.
+func (b *bucket) chunkWriter(ctx context.Context, v ModuleVersion, cond storage.Conditions, metadata map[string]string, md5 []byte, t *tries) *storage.Writer {
+	retry := func(err error) bool {
+		reason := retryReason(err)
+		if reason == "" || ctx.Err() != nil {
+			return false
+		}
+		t.failed(err)
+		t.again(reason)
+		return true
+	}
+	// The caller's own settings are to change nothing.
+	object := b.object(v, extZip).Retryer(storage.WithPolicy(storage.RetryIdempotent), storage.WithErrorFunc(retry),
+		storage.WithMaxAttempts(math.MaxInt), storage.WithMaxRetryDuration(retryLimit))
 	w := newWriter(ctx, object, extZip, cond, metadata)
 	w.MD5 = md5
 	w.ChunkSize = b.chunkSize
 	w.ChunkTransferTimeout = uploadTimeout(int64(b.chunkSize))
 	w.ChunkRetryDeadline = 2 * (w.ChunkTransferTimeout + requestTimeout)
 	return w
-}
-
-func withWritePermission(err error, cond storage.Conditions) error {
-	if cond.DoesNotExist {
-		return withPermission(err, "storage.objects.create")
-	}
-	return withPermission(err, "storage.objects.create and storage.objects.delete")
 }
 
 // put stores an object that is in memory, in one request, with metadata made for
@@ -64,7 +70,7 @@ func withWritePermission(err error, cond storage.Conditions) error {
 // of 100 bytes. Here the bytes are at hand.
 func (b *bucket) put(ctx context.Context, v ModuleVersion, ext string, cond storage.Conditions, metadata func() map[string]string, body []byte) (attrs *storage.ObjectAttrs, err error) {
 	sendSum := true
-	err = b.do(ctx, uploadTimeout(int64(len(body))), func(ctx context.Context) error {
+	err = b.do(ctx, "upload of ."+ext, uploadTimeout(int64(len(body))), func(ctx context.Context) error {
 		w := newWriter(ctx, b.object(v, ext), ext, cond, metadata())
 		w.ChunkSize = 0
 		// Sent ahead, so that GCS refuses what arrives cut short.
@@ -78,12 +84,12 @@ func (b *bucket) put(ctx context.Context, v ModuleVersion, ext string, cond stor
 			// storage-testbench takes no checksum ahead over gRPC, where an upload
 			// that is cut short is never finalized.
 			sendSum = false
-			return fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, err)
+			return errors.New("the server takes no checksum ahead")
 		}
 		attrs = w.Attrs()
 		return err
 	})
-	return attrs, withWritePermission(err, cond)
+	return attrs, err
 }
 
 // errBrokenOff means that an upload in chunks failed for a reason that may pass, for
@@ -97,13 +103,9 @@ var errBrokenOff = errors.New("the upload broke off")
 // sending does over loopback, since nothing is sent meanwhile.
 func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Conditions, metadata map[string]string, z *source) error {
 	sendCtx, cancel := context.WithCancelCause(ctx)
-	last := errors.New("no answer") // why the client last sent something again
-	w := b.chunkWriter(sendCtx, b.streamed(v, extZip, func(err error) bool {
-		if err != nil && sendCtx.Err() == nil {
-			last = err
-		}
-		return isTransient(err)
-	}), cond, metadata, z.md5)
+	t := b.newTries(ctx, "upload of .zip")
+	defer t.done(false)
+	w := b.chunkWriter(sendCtx, v, cond, metadata, z.md5, t)
 	// The client sends a chunk again that hangs, but waits without end for the
 	// start of the upload. The zip's own reader may take its time.
 	hung := time.AfterFunc(w.ChunkRetryDeadline, func() { cancel(errBrokenOff) })
@@ -123,6 +125,9 @@ func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Condi
 		hung.Reset(w.ChunkRetryDeadline)
 		defer hung.Stop()
 		_, err := w.Write(p)
+		if err == nil {
+			t.done(true)
+		}
 		return err
 	})
 	if err == nil {
@@ -134,11 +139,12 @@ func (b *bucket) stream(ctx context.Context, v ModuleVersion, cond storage.Condi
 	case z.err != nil:
 		return z.err
 	case err == nil:
+		t.done(true)
 		return b.checkMD5(ctx, v, w.Attrs(), z)
 	case errors.Is(context.Cause(sendCtx), errBrokenOff):
-		return fmt.Errorf("%w: %w", errBrokenOff, last)
+		return fmt.Errorf("%w: %w", errBrokenOff, cmp.Or(t.last, errors.New("no answer")))
 	}
-	return withWritePermission(streamError(err, z), cond)
+	return withHint(streamError(err, z))
 }
 
 // abort ends an upload that is not to be stored, and waits for its goroutine. The
@@ -158,7 +164,7 @@ func streamError(err error, z *source) error {
 		return z.err
 	case isAbsent(err) || hasCode(err, http.StatusGone, codes.NotFound): // not the object: the session of the upload
 		return fmt.Errorf("%w: %w", errBrokenOff, kindError{KindUnexpected, err})
-	case isTransient(err):
+	case retryReason(err) != "":
 		return fmt.Errorf("%w: %w", errBrokenOff, err)
 	}
 	return err

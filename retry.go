@@ -1,0 +1,156 @@
+package gcs
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+	"google.golang.org/grpc/codes"
+)
+
+const (
+	// requestTimeout is how long a request may go without an answer before it is
+	// sent again. Every change is conditional, so the second of two that both
+	// arrive is refused.
+	requestTimeout = 5 * time.Second
+	// retryLimit bounds all tries of a request, the last included, and the wait for
+	// the next byte of a stream.
+	retryLimit = 5 * time.Minute
+	// rateInterval is the least pause after an answer that limits the rate: GCS
+	// takes one change of an object a second.
+	rateInterval = time.Second
+	// warnAfter is how long a request is tried again before the log says so.
+	warnAfter = 5 * time.Second
+)
+
+// do makes a request, and makes it again when it is not answered in time, or fails
+// for a reason that may pass, until the context ends or retryLimit has passed. what
+// names the request in the log.
+func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, request func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, retryLimit)
+	defer cancel()
+	t := b.newTries(ctx, what)
+	defer t.done(false)
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+		// A server in the same process need not look at the context.
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		tryCtx, cancel := context.WithTimeout(limited, timeout)
+		err := request(tryCtx)
+		hung := tryCtx.Err() != nil
+		cancel()
+		if err == nil {
+			t.done(true)
+			return nil
+		}
+		reason := retryReason(err)
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case hung || hasCode(err, 0, codes.DeadlineExceeded):
+			// Over gRPC the server knows the deadline too, and can be the first to
+			// say that it passed.
+			reason, timeout = "timeout", 2*timeout
+		case reason == "" && b.insists && !isPreconditionFailed(err) && !isAbsentObject(err):
+			reason = "refused"
+		case reason == "":
+			return withHint(err)
+		}
+		t.failed(err)
+		wait := b.rand(pause)
+		if isRateLimited(err) {
+			wait += rateInterval
+		}
+		if sleepErr := sleep(limited, wait); ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", sleepErr, err)
+		} else if sleepErr != nil {
+			return fmt.Errorf("no answer, or none but to try again, in %v: %w", retryLimit, err)
+		}
+		t.again(reason)
+	}
+}
+
+// tries are those of one request, or of one part of a stream after another. They count
+// and tell what is tried again.
+type tries struct {
+	b    *bucket
+	ctx  context.Context
+	what string
+
+	mu    sync.Mutex
+	start time.Time   // of the first try
+	warn  *time.Timer // nil until a try has failed
+	told  bool        // a warning
+	last  error       // of the last try
+}
+
+func (b *bucket) newTries(ctx context.Context, what string) *tries {
+	return &tries{b: b, ctx: ctx, what: what, start: time.Now()}
+}
+
+// again counts a further try.
+func (t *tries) again(reason string) {
+	t.b.telemetry.retries.Add(t.ctx, 1, metric.WithAttributes(attribute.String("reason", reason)))
+}
+
+// failed notes that a try has failed, and that the request is to be tried again.
+func (t *tries) failed(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = err
+	if t.warn == nil {
+		t.warn = time.AfterFunc(time.Until(t.start.Add(warnAfter)), t.tell)
+	}
+}
+
+// tell warns of a request that is tried again, and will warn again when it has taken
+// twice as long.
+func (t *tries) tell() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.warn == nil {
+		return // it has just ended
+	}
+	t.told = true
+	t.warn.Reset(time.Since(t.start))
+	t.b.log.WarnContext(t.ctx, "a request is tried again", append(t.args(), "error", t.last)...)
+}
+
+// done ends the warnings, of a request or of one part of a stream.
+func (t *tries) done(answered bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.warn != nil {
+		t.warn.Stop()
+	}
+	if t.told && answered {
+		t.b.log.InfoContext(t.ctx, "a request that was tried again is answered", t.args()...)
+	}
+	t.start, t.warn, t.told = time.Now(), nil, false
+}
+
+// args are those of a log line.
+func (t *tries) args() []any {
+	v, _ := t.ctx.Value(versionKey{}).(ModuleVersion)
+	took := time.Since(t.start).Round(time.Millisecond)
+	return []any{"request", t.what, "module", v.Module, "version", v.Version, "for", took.String()}
+}
+
+// sleep waits for d or until the context ends.
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
