@@ -106,7 +106,7 @@ func objectName(ext string) string {
 func bubble(t *testing.T, roundTrip time.Duration, test func(t *testing.T, f *fakeGCS)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		t.Cleanup(func() { time.Sleep(2 * releaseTimeout) }) // calls that go on give up
+		t.Cleanup(func() { time.Sleep(2 * retryLimit) }) // calls that go on give up
 		f := newFakeGCS(t)
 		f.SetLatency(roundTrip)
 		test(t, f)
