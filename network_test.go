@@ -23,6 +23,7 @@ import (
 	"cloud.google.com/go/auth"
 	"cloud.google.com/go/compute/metadata"
 	"cloud.google.com/go/storage"
+	"github.com/googleapis/gax-go/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/oauth2"
 	"google.golang.org/api/option"
@@ -425,6 +426,7 @@ func TestCallersRetrySettings(t *testing.T) {
 		"always":         storage.WithPolicy(storage.RetryAlways),
 		"attempts":       storage.WithMaxAttempts(1),
 		"error function": storage.WithErrorFunc(func(error) bool { return false }),
+		"back-off":       storage.WithBackoff(gax.Backoff{Initial: time.Hour}),
 		"duration":       storage.WithMaxRetryDuration(time.Nanosecond),
 	} {
 		t.Run(name, func(t *testing.T) {

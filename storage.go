@@ -137,9 +137,8 @@ func WithErrors(wrap func(*Error) error) Option {
 // gRPC, remains the caller's to close. NewStorage panics if bucket or an option is
 // nil.
 //
-// Retry settings of the caller's change nothing, but a back-off that was set with
-// [storage.BucketHandle.Retryer] is used for the chunks of a zip. The client may switch the other retries off in the handle that was
-// passed: do not use it for anything else.
+// Settings of the client's retries change nothing. The client may switch its retries off
+// in the handle that was passed: do not use it for anything else.
 func NewStorage(bucket *storage.BucketHandle, opts ...Option) *Storage {
 	if bucket == nil {
 		panic("gcs: NewStorage: the bucket is nil")

@@ -420,7 +420,7 @@ func TestStuckMarkerIsLogged(t *testing.T) {
 		f.Deny("storage.objects.update")
 		s := f.storage("a", log.option())
 		requireKind(t, contentOf("a", 100).saveHalf(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
-		require.Len(t, log.lines(slog.LevelWarn), 1)
+		require.Len(t, log.lines(slog.LevelWarn), 3, "two of its request")
 		require.Contains(t, log.String(), "could not give a marker up")
 		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
 		require.Contains(t, log.String(), "storage.objects.update")

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"cloud.google.com/go/storage"
+	"github.com/googleapis/gax-go/v2"
 	"google.golang.org/grpc/codes"
 )
 
@@ -52,9 +53,11 @@ func (b *bucket) chunkWriter(ctx context.Context, v ModuleVersion, cond storage.
 		t.again(reason)
 		return true
 	}
-	// The caller's own settings are to change nothing.
+	// The caller's own settings are to change nothing. The client's own back-off grows
+	// to 30 s, and would outlast ChunkRetryDeadline.
 	object := b.object(v, extZip).Retryer(storage.WithPolicy(storage.RetryIdempotent), storage.WithErrorFunc(retry),
-		storage.WithMaxAttempts(math.MaxInt), storage.WithMaxRetryDuration(retryLimit))
+		storage.WithMaxAttempts(math.MaxInt), storage.WithMaxRetryDuration(retryLimit),
+		storage.WithBackoff(gax.Backoff{Initial: 100 * time.Millisecond, Max: requestTimeout}))
 	w := newWriter(ctx, object, extZip, cond, metadata)
 	w.MD5 = md5
 	w.ChunkSize = b.chunkSize
