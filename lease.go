@@ -64,7 +64,7 @@ func (l *lease) acquire(ctx context.Context, seen *storage.ObjectAttrs) error {
 	switch {
 	case err == nil:
 		l.gen, l.metagen = attrs.Generation, attrs.Metageneration
-	case (isPreconditionFailed(err) || isForbidden(err) || isAbsent(err)) && l.unanswered == 1:
+	case retryReason(err) == "" && l.unanswered == 1:
 		l.unanswered = 0 // nothing is on its way
 	}
 	return err

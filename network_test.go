@@ -135,7 +135,7 @@ func (f *fakeGCS) overGRPC(t *testing.T, fails func() error, opts ...grpc.DialOp
 		client.Close()
 		server.Stop()
 	})
-	return newStorage(client.Bucket(fakegcs.Bucket), WithChunkSize(faultChunk))
+	return NewStorage(client.Bucket(fakegcs.Bucket), WithChunkSize(faultChunk))
 }
 
 func dialing(errno syscall.Errno) error {
@@ -328,7 +328,7 @@ func TestZipStream(t *testing.T) {
 					return resp, err
 				}})
 				start := time.Now()
-				r, err := newStorage(m.Bucket).Zip(t.Context(), testModule, testVersion)
+				r, err := NewStorage(m.Bucket).Zip(t.Context(), testModule, testVersion)
 				require.NoError(t, err)
 				got, err := io.ReadAll(r)
 				require.InDelta(t, test.takes.Seconds(), time.Since(start).Seconds(), 2)
@@ -378,7 +378,7 @@ func TestCorruptedRead(t *testing.T) {
 			}
 			return resp, err
 		}})
-		got, err := readers[op](t.Context(), newStorage(m.Bucket), testModule, testVersion)
+		got, err := readers[op](t.Context(), NewStorage(m.Bucket), testModule, testVersion)
 		require.NoError(t, err)
 		require.Equal(t, extOf[op]+" of "+testVersion, got)
 		require.Equal(t, 2, n)
@@ -461,7 +461,7 @@ func TestCallersRetrySettings(t *testing.T) {
 							}
 							return fakegcs.Unavailable
 						})
-						require.NoError(t, outageCalls(newStorage(bucket, WithChunkSize(faultChunk)))[name](t.Context()), name)
+						require.NoError(t, outageCalls(NewStorage(bucket, WithChunkSize(faultChunk)))[name](t.Context()), name)
 						require.NotEmpty(t, failed)
 						for _, object := range f.Names() {
 							f.Remove(object)

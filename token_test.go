@@ -66,7 +66,7 @@ func authorized(t *testing.T, f *fakeGCS, creds *auth.Credentials) *Storage {
 	client, err := storage.NewClient(t.Context(), option.WithAuthCredentials(creds), option.WithEndpoint(f.listen(t)+"/storage/v1/"))
 	require.NoError(t, err)
 	t.Cleanup(func() { client.Close() })
-	return newStorage(client.Bucket(fakegcs.Bucket))
+	return NewStorage(client.Bucket(fakegcs.Bucket))
 }
 
 // tokenOf is how a client over gRPC, without TLS, asks for a token.
@@ -163,7 +163,7 @@ func TestNeverPasses(t *testing.T) {
 		client, err := storage.NewClient(t.Context(), opts...)
 		require.NoError(t, err)
 		t.Cleanup(func() { client.Close() })
-		return newStorage(client.Bucket(fakegcs.Bucket))
+		return NewStorage(client.Bucket(fakegcs.Bucket))
 	}
 	overGRPC := func(target string) *Storage {
 		conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(grpccredentials.NewTLS(nil)))
@@ -171,7 +171,7 @@ func TestNeverPasses(t *testing.T) {
 		client, err := storage.NewGRPCClient(t.Context(), option.WithGRPCConn(conn), option.WithoutAuthentication(), storage.WithDisabledClientMetrics())
 		require.NoError(t, err)
 		t.Cleanup(func() { client.Close() })
-		return newStorage(client.Bucket(fakegcs.Bucket))
+		return NewStorage(client.Bucket(fakegcs.Bucket))
 	}
 	nothing := func() error { return nil }
 	nameless := f.Register("nameless")
@@ -193,7 +193,7 @@ func TestNeverPasses(t *testing.T) {
 		"issuer's 403":  both(serviceAccount(t, key, issuer.URL+"/403")),
 		"unknown code":  {authorized(t, f, serviceAccount(t, key, issuer.URL+"/unknown"))}, // over gRPC the 401 is lost
 		"key":           both(serviceAccount(t, "no key", issuer.URL)),
-		"bucket":        {newStorage(f.Machine("a").Client.Bucket("")), newStorage(nameless.Client.Bucket(""))},
+		"bucket":        {NewStorage(f.Machine("a").Client.Bucket("")), NewStorage(nameless.Client.Bucket(""))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, s := range storages {

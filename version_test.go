@@ -130,7 +130,7 @@ func FuzzObjectName(f *testing.F) {
 	}
 	exts := []string{extInfo, extMod, extZip}
 	f.Fuzz(func(t *testing.T, module, vers string) {
-		b := &bucket{}
+		b := &bucket{handle: new(storage.Client).Bucket("b")}
 		if v := (ModuleVersion{module, vers}); b.check(v) == nil {
 			for _, ext := range exts {
 				name := v.object(ext)
