@@ -146,6 +146,9 @@ func (sf *singleFlight) fetch(ctx context.Context, v ModuleVersion) (string, err
 		saved, err = sf.next.Stash(ctx, v.Module, v.Version)
 	}()
 	<-done
+	if err == errGoexit {
+		err = sf.s.wrapError(ctx, "Stash", v, err)
+	}
 	var e *Error
 	if errors.As(err, &e) && e.Kind == KindAlreadyExists {
 		return cmp.Or(e.Version, saved, v.Version), nil

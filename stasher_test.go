@@ -536,6 +536,7 @@ func TestSingleFlightNextExits(t *testing.T) {
 		for i, vers := range []string{"master", testVersion, testVersion} {
 			_, err := stasher.Stash(t.Context(), testModule, vers)
 			require.ErrorIs(t, err, errGoexit)
+			requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
 			require.EqualValues(t, i+1, calls.Load())
 			require.Empty(t, locks(f))
 		}
