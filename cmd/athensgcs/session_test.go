@@ -23,11 +23,11 @@ func large(module, version string, size int) release {
 	return r
 }
 
-// TestSession expects docs/operations-session.md to show what the program prints, the
+// TestSession expects docs/operations.md to show what the program prints, the
 // checksums apart.
 func TestSession(t *testing.T) {
 	clearGoEnv(t)
-	text, err := os.ReadFile("../../docs/operations-session.md")
+	text, err := os.ReadFile("../../docs/operations.md")
 	require.NoError(t, err)
 	checksum := regexp.MustCompile(`h1:\S+`)
 	doc := checksum.ReplaceAllString(strings.ReplaceAll(string(text), "\r\n", "\n"), "h1:")
