@@ -138,9 +138,11 @@ func TestMessages(t *testing.T) {
 		}
 		assert.Equal(t, find(source, inSource), find(guide, inGuide))
 	}
-	source = strings.NewReplacer(`"waiting for another "+what`, `"waiting for another fetch", ctx, "waiting for another save"`,
-		`"took over from a "+what+"`, `"took over from a fetch that stopped renewing its marker", ctx, "took over from a save`).Replace(source)
-	both(`[.( ](?:t\.|flightC|c)tx, "([^"]{12,})"`, "(?m)^\\| (?:info|warn|debug) \\| `([^`]+)`")
+	source = strings.NewReplacer( // of the messages that are put together
+		`"waiting for another "+what`, `"waiting for another fetch", InfoContext(ctx, "waiting for another save"`,
+		`"took over from a "+what+"`, `"took over from a fetch that stopped renewing its marker", WarnContext(ctx, "took over from a save`,
+	).Replace(source)
+	both(`(?:Info|Warn|Debug)Context\([\w.]+, "([^"]+)"`, "(?m)^\\| (?:info|warn|debug) \\| `([^`]+)`")
 	both(`"(gcs\.[a-z.]+)"`, "(?m)^\\| `(gcs\\.[\\w.]+)` \\|")
 	both(`"(storage\.objects\.\w+)"`, "(?m)^\\| `(storage\\.objects\\.\\w+)` \\|")
 }
