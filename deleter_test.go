@@ -274,14 +274,13 @@ func TestDeleteOfCommitted(t *testing.T) {
 		f.before(on("a", "insert", extZip), func() { <-listed })
 		f.before(on("d", "delete", extMod), func() { <-saved })
 		f.after(first(1, on("d", "list", "")), func() { close(listed) })
-		var group sync.WaitGroup
-		group.Go(func() {
+		wait := alongside(func() {
 			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
 			close(saved)
 		})
 		time.Sleep(time.Second)
 		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
-		group.Wait()
+		wait()
 		require.Empty(t, f.Names())
 	})
 }

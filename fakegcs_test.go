@@ -18,6 +18,7 @@ type fakeGCS struct {
 	*fakegcs.Server
 	tolerant bool
 	hook     func(*fakegcs.Request) fakegcs.Fault
+	answered []func(*fakegcs.Request)
 }
 
 // newFakeGCS returns an empty bucket. The test fails when it ends with
@@ -74,11 +75,15 @@ func (f *fakeGCS) onRequest(hook func(*fakegcs.Request) fakegcs.Fault) {
 	f.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault { return hook(r) })
 }
 
-// fault gives a fault to some requests, and to no others.
+// fault gives a fault to some requests. What other hook there is stays, for the others.
 func (f *fakeGCS) fault(fault fakegcs.Fault, to matcher) {
+	hook := f.hook
 	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		if to(r) {
+		switch {
+		case to(r):
 			return fault
+		case hook != nil:
+			return hook(r)
 		}
 		return fakegcs.NoFault
 	})
@@ -87,15 +92,11 @@ func (f *fakeGCS) fault(fault fakegcs.Fault, to matcher) {
 // before calls do before each of some requests is served. What other hook there is
 // stays.
 func (f *fakeGCS) before(which matcher, do func()) {
-	hook := f.hook
-	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+	f.fault(fakegcs.NoFault, func(r *fakegcs.Request) bool {
 		if which(r) {
 			do()
 		}
-		if hook == nil {
-			return fakegcs.NoFault
-		}
-		return hook(r)
+		return false
 	})
 }
 
@@ -112,9 +113,15 @@ func (f *fakeGCS) count(which matcher) (n int) {
 // atFirst calls do before the first of some requests is served.
 func (f *fakeGCS) atFirst(which matcher, do func()) { f.before(first(1, which), do) }
 
-// onAnswer is OnAnswer for a hook that does not care for the context.
+// onAnswer is OnAnswer for a hook that does not care for the context. What other hook
+// there is comes first.
 func (f *fakeGCS) onAnswer(hook func(*fakegcs.Request)) {
-	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) { hook(r) })
+	f.answered = append(f.answered, hook)
+	f.OnAnswer(func(_ context.Context, r *fakegcs.Request) {
+		for _, hook := range f.answered {
+			hook(r)
+		}
+	})
 }
 
 // after calls do when one of some requests is answered.
@@ -124,6 +131,16 @@ func (f *fakeGCS) after(which matcher, do func()) {
 			do()
 		}
 	})
+}
+
+// applied picks those of some requests that are applied. It is for after.
+func applied(which matcher) matcher {
+	return func(r *fakegcs.Request) bool { return which(r) && r.Applied }
+}
+
+// but picks those of some requests that are not among others.
+func but(which, others matcher) matcher {
+	return func(r *fakegcs.Request) bool { return which(r) && !others(r) }
 }
 
 // listen serves the bucket on a loopback port, for tests with real sockets and

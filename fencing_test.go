@@ -192,7 +192,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 	forEach(t, inBubble, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
-		requireKind(t, b.save(t.Context(), missing(t, f, ext)), KindAlreadyExists)
+		requireKind(t, b.save(t.Context(), missing(f, ext)), KindAlreadyExists)
 		requireStored(t, f, a)
 	})
 }
@@ -202,7 +202,7 @@ func TestTakeoverNeedsTwoListings(t *testing.T) {
 func TestDeleteNeedsTheMod(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-		require.NoError(t, missing(t, f, extMod).Delete(t.Context(), testModule, testVersion))
+		require.NoError(t, missing(f, extMod).Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
 }

@@ -81,6 +81,13 @@ var readers = map[string]func(ctx context.Context, s *Storage, module, vers stri
 	},
 }
 
+// forReaders runs a test for each of the readers.
+func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
+	for op := range readers {
+		run(t, op, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
+	}
+}
+
 var extOf = map[string]string{"Info": extInfo, "GoMod": extMod, "Zip": extZip}
 
 // One object can be missing while the other two are there.

@@ -184,6 +184,7 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 			for n := 0; ; n++ {
 				var hit atomic.Bool
 				f.ResetLog()
+				f.onRequest(nil)
 				f.fault(fault, func(r *fakegcs.Request) bool {
 					if r.N == n {
 						hit.Store(true)

@@ -4,14 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -53,7 +51,7 @@ func contentOf(who string, zipSize int) content {
 }
 
 func (c content) save(ctx context.Context, s *Storage) error {
-	return c.saveFrom(ctx, s, bytes.NewReader(c.zip))
+	return c.saveAs(ctx, s, testVersionName)
 }
 
 // saveSlowly saves from a reader that takes that time, after the .mod is written.
@@ -98,9 +96,7 @@ func (c content) saveFrom(ctx context.Context, s *Storage, zip io.Reader) error 
 // plain hides all methods of a reader but Read.
 func plain(r io.Reader) io.Reader { return struct{ io.Reader }{r} }
 
-func objectName(ext string) string {
-	return ModuleVersion{testModule, testVersion}.object(ext)
-}
+func objectName(ext string) string { return testVersionName.object(ext) }
 
 // bubble runs a test on an empty bucket, in virtual time.
 func bubble(t *testing.T, roundTrip time.Duration, test func(t *testing.T, f *fakeGCS)) {
@@ -168,6 +164,20 @@ func forEach[C any](t *testing.T, in arena, cases []C, test func(t *testing.T, f
 	}
 }
 
+// timeOf returns how long do takes.
+func timeOf(do func()) time.Duration {
+	start := time.Now()
+	do()
+	return time.Since(start)
+}
+
+// alongside calls do in a goroutine of its own, and returns what waits for its end.
+func alongside(do func()) (wait func()) {
+	var group sync.WaitGroup
+	group.Go(do)
+	return group.Wait
+}
+
 // within returns a context of the test that ends after that time.
 func within(t *testing.T, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -198,13 +208,6 @@ func requireNothingInFlight(t *testing.T, f *fakeGCS) {
 	requests, bodies := f.InFlight()
 	require.Zero(t, requests)
 	require.Zero(t, bodies)
-}
-
-// forReaders runs a test for each of the readers.
-func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op string)) {
-	for op := range readers {
-		run(t, op, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) { test(t, f, s, op) })
-	}
 }
 
 // behind is a Storage whose requests pass through edit, which may answer itself.
@@ -239,53 +242,49 @@ func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return e.next.RoundTrip(r)
 }
 
-// missing returns a Storage whose first listing lacks an object.
-func missing(t *testing.T, f *fakeGCS, ext string) *Storage {
-	m := f.Register("missing")
-	m.Connect(&missingOnce{RoundTripper: m, name: objectName(ext)})
+// missing returns a Storage whose first listing lacks an object, for it has another name there.
+func missing(f *fakeGCS, ext string) *Storage {
+	m, name, listed := f.Register("missing"), []byte(objectName(ext)), false
+	m.Connect(roundTripper(func(r *http.Request) (*http.Response, error) {
+		resp, err := m.RoundTrip(r)
+		if err == nil && !listed && r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/o") {
+			listed = true
+			body, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			resp.Body = io.NopCloser(bytes.NewReader(bytes.ReplaceAll(body, name, bytes.ToUpper(name))))
+		}
+		return resp, err
+	}))
 	return NewStorage(m.Bucket)
 }
 
-// missingOnce leaves an object out of the first listing.
-type missingOnce struct {
-	http.RoundTripper
-	name string
-	once sync.Once
+// roundTripper is a transport made of a function.
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (do roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return do(r) }
+
+// put makes objects of a version: a .mod with that marker, others with that metadata.
+func (f *fakeGCS) put(v ModuleVersion, mark, others map[string]string, exts ...string) {
+	for _, ext := range exts {
+		metadata := others
+		if ext == extMod {
+			metadata = mark
+		}
+		f.Put(v.object(ext), []byte(ext+" of "+v.Version), metadata)
+	}
 }
 
-func (m *missingOnce) RoundTrip(r *http.Request) (*http.Response, error) {
-	resp, err := m.RoundTripper.RoundTrip(r)
-	if err != nil || r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/o") {
-		return resp, err
-	}
-	m.once.Do(func() {
-		var page map[string]any
-		if err = json.NewDecoder(resp.Body).Decode(&page); err != nil {
-			return
-		}
-		resp.Body.Close()
-		items, _ := page["items"].([]any)
-		page["items"] = slices.DeleteFunc(items, func(item any) bool {
-			return item.(map[string]any)["name"] == m.name
-		})
-		b, _ := json.Marshal(page)
-		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
-		resp.Header.Del("Content-Length")
-	})
-	return resp, err
-}
+// allExts are the endings of a version's objects.
+var allExts = []string{extInfo, extMod, extZip}
 
 // storeFiles puts objects of a version into the bucket as Athens left them.
 func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
-	v := ModuleVersion{module, vers}
-	for _, ext := range exts {
-		f.Put(v.object(ext), []byte(ext+" of "+vers), nil)
-	}
+	f.put(ModuleVersion{module, vers}, nil, nil, exts...)
 }
 
 // subsetOf returns the endings of the objects that the bits are for.
 func subsetOf(bits int) (exts []string) {
-	for bit, ext := range []string{extInfo, extMod, extZip} {
+	for bit, ext := range allExts {
 		if bits&(1<<bit) != 0 {
 			exts = append(exts, ext)
 		}
@@ -293,21 +292,15 @@ func subsetOf(bits int) (exts []string) {
 	return exts
 }
 
-// storeVersion puts a complete version into the bucket.
+// storeVersion puts complete versions into the bucket.
 func storeVersion(f *fakeGCS, module string, versions ...string) {
 	for _, vers := range versions {
-		storeFiles(f, module, vers, extInfo, extMod, extZip)
+		storeFiles(f, module, vers, allExts...)
 	}
 }
 
 func unfinishedVersion(f *fakeGCS, v ModuleVersion) {
-	for _, ext := range []string{extInfo, extMod, extZip} {
-		metadata := map[string]string{keySaveID: "a"}
-		if ext == extMod {
-			metadata = marked(time.Now().Add(ago), "a")
-		}
-		f.Put(v.object(ext), []byte(ext), metadata)
-	}
+	f.put(v, marked(time.Now().Add(ago), "a"), map[string]string{keySaveID: "a"}, allExts...)
 }
 
 // saveVersion saves a version whose files hold their own names.
@@ -318,26 +311,25 @@ func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
 // leave makes leftovers of a version, each as a save of that id would, and lets a
 // second pass, before which GCS would take no other.
 func leave(f *fakeGCS, mark map[string]string, exts ...string) {
-	for _, ext := range exts {
-		if ext == extMod {
-			f.Put(objectName(ext), nil, mark)
-		} else {
-			f.Put(objectName(ext), nil, map[string]string{keySaveID: mark[keySaveID]})
-		}
-	}
+	f.put(testVersionName, mark, map[string]string{keySaveID: mark[keySaveID]}, exts...)
 	time.Sleep(time.Second)
 }
 
-func leaveUnfinished(f *fakeGCS) {
-	leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
-}
+func leaveUnfinished(f *fakeGCS) { leave(f, marked(givenUp, "other"), allExts...) }
 
-// described returns what there is of an object, the zero Object if there is none.
-func described(f *fakeGCS, name string) fakegcs.Object {
-	if o := f.Get(name); o != nil {
-		return *o
+// leftBehind puts what a save of that id left there, long ago: a .mod with that marker,
+// and other objects with the id. Without an id they have the marker too.
+func leftBehind(mark map[string]string, id string, exts ...string) func(*fakegcs.Server) {
+	return func(f *fakegcs.Server) {
+		for _, ext := range exts {
+			c, metadata := contentOf("old", 50), mark
+			if ext != extMod && id != "" {
+				c, metadata = contentOf(id, 50), map[string]string{keySaveID: id}
+			}
+			data := map[string][]byte{extMod: c.mod, extInfo: c.info, extZip: c.zip}[ext]
+			f.PutAt(objectName(ext), data, metadata, time.Now().Add(1000*ago))
+		}
 	}
-	return fakegcs.Object{}
 }
 
 // logged returns the operations of the log, in the order of their arrival.
@@ -380,7 +372,7 @@ func requireKind(t *testing.T, err error, kind int) {
 // requireStored checks that the version is complete and of that content only.
 func requireStored(t *testing.T, f *fakeGCS, c content) {
 	t.Helper()
-	requireVersion(t, f, ModuleVersion{testModule, testVersion}, c)
+	requireVersion(t, f, testVersionName, c)
 }
 
 // requireComplete is requireStored for a version that an origin stored.
@@ -442,10 +434,7 @@ func (l *syncedLog) lines(level slog.Level) (lines []string) {
 // requireList checks that List returns these versions in this order.
 func requireList(t *testing.T, s *Storage, module string, want ...string) {
 	t.Helper()
-	got, err := s.List(t.Context(), module)
-	require.NoError(t, err)
-	require.NotNil(t, got)
-	require.Equal(t, append([]string{}, want...), got)
+	returns(t, append([]string{}, want...))(s.List(t.Context(), module)) // not nil
 }
 
 // inVirtualTime runs f on an empty bucket with a round trip of 20 ms, in a
@@ -521,7 +510,7 @@ func forEveryCall(t *testing.T, make func(f *fakeGCS) *Storage, test func(t *tes
 	}
 }
 
-// readFunc is a reader.
+// readFunc is a reader made of a function.
 type readFunc func([]byte) (int, error)
 
 func (read readFunc) Read(p []byte) (int, error) { return read(p) }
@@ -537,9 +526,7 @@ func ahead(f *fakeGCS, machine string) *Storage {
 func requireSavableAtOnce(t *testing.T, f *fakeGCS) {
 	t.Helper()
 	f.onRequest(nil)
-	start := time.Now()
-	requireSavable(t, f)
-	require.Less(t, time.Since(start), time.Second)
+	require.Less(t, timeOf(func() { requireSavable(t, f) }), time.Second)
 }
 
 // givesUp reports whether a request writes the marker of a save that has failed.

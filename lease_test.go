@@ -112,9 +112,7 @@ func TestLateCreateOfFailedClaim(t *testing.T) {
 		requireKind(t, err, KindUnexpected)
 		f.onRequest(nil)
 		f.LandOne(len(f.Strays()) - 1) // the others are stale
-		start := time.Now()
-		requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion)
-		require.Less(t, time.Since(start), time.Second)
+		require.Less(t, timeOf(func() { requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion) }), time.Second)
 	})
 }
 
@@ -173,9 +171,7 @@ func TestNextSaveCommits(t *testing.T) {
 		f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" && !givesUp(r) })
 		requireKind(t, a.save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
 		f.onRequest(nil)
-		start := time.Now()
-		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
-		require.Less(t, time.Since(start), time.Second)
+		require.Less(t, timeOf(func() { requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists) }), time.Second)
 		requireStored(t, f, a)
 	})
 }
@@ -200,14 +196,13 @@ func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (
 			machine.Resume()
 		}
 	})
-	var group sync.WaitGroup
-	group.Go(func() {
+	wait := alongside(func() {
 		err = a.save(t.Context(), s)
 		at = time.Now()
 	})
 	time.Sleep(time.Second)
 	save(b)
-	group.Wait()
+	wait()
 	return at, err
 }
 

@@ -81,7 +81,7 @@ func TestSmearedListing(t *testing.T) {
 					leave(f, mark, sc.found...)
 					f.SmearListings(func(_ *fakegcs.Request, name string, states int) int { return min(pick[path.Ext(name)], states-1) })
 					var after map[string]*fakegcs.Object
-					f.atFirst(func(r *fakegcs.Request) bool { return r.Op == "list" }, func() {
+					f.atFirst(on("", "list", ""), func() {
 						sc.during(f)
 						after = f.Objects()
 					})

@@ -47,7 +47,7 @@ func TestRepairNeedsTwoListings(t *testing.T) {
 		run(t, ext, inCrowd, func(t *testing.T, f *fakeGCS) {
 			storeVersion(f, testModule, testVersion)
 			before := f.Objects()
-			returns(t, Complete)(missing(t, f, ext).Repair(t.Context(), testModule, testVersion))
+			returns(t, Complete)(missing(f, ext).Repair(t.Context(), testModule, testVersion))
 			require.Equal(t, before, f.Objects())
 		})
 	}

@@ -41,7 +41,7 @@ func TestSaveNew(t *testing.T) {
 func TestSaveCompleteAtThatMoment(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		creates := func(r *fakegcs.Request) bool { return r.Machine == "b" && r.Op == "insert" }
+		creates := on("b", "insert", "")
 		f.atFirst(creates, func() { require.NoError(t, a.save(t.Context(), f.storage("a"))) })
 		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
 		require.Len(t, requestsOf(f, "b"), 2)
@@ -67,36 +67,34 @@ func TestSaveOverLeftovers(t *testing.T) {
 			if subset&1 == 0 && name != "no marker" {
 				continue
 			}
-			t.Run(fmt.Sprintf("%03b %s", subset, name), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					if subset&1 != 0 {
-						f.Put(objectName(extMod), old.mod, marker())
-					}
-					if subset&2 != 0 {
-						f.Put(objectName(extInfo), old.info, nil)
-					}
-					if subset&4 != 0 {
-						f.Put(objectName(extZip), old.zip, nil)
-					}
-					time.Sleep(2 * time.Second) // or the fake counts a second write within one
-					a := contentOf("a", 100)
-					start := time.Now()
-					err := a.save(t.Context(), f.storage("a"))
-					if took := time.Since(start); waits[name] {
-						require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
-						require.Less(t, took, DefaultStaleThreshold+3*time.Second)
-					} else {
-						require.Less(t, took, time.Second)
-					}
-					// Of old Athens' saves it is not known whose objects are whose.
-					if subset == 7 && (name == "no marker" || name == "of old Athens") {
-						requireKind(t, err, KindAlreadyExists)
-						requireStored(t, f, old)
-						return
-					}
-					require.NoError(t, err)
-					requireStored(t, f, a)
-				})
+			run(t, fmt.Sprintf("%03b %s", subset, name), inBubble, func(t *testing.T, f *fakeGCS) {
+				if subset&1 != 0 {
+					f.Put(objectName(extMod), old.mod, marker())
+				}
+				if subset&2 != 0 {
+					f.Put(objectName(extInfo), old.info, nil)
+				}
+				if subset&4 != 0 {
+					f.Put(objectName(extZip), old.zip, nil)
+				}
+				time.Sleep(2 * time.Second) // or the fake counts a second write within one
+				a := contentOf("a", 100)
+				start := time.Now()
+				err := a.save(t.Context(), f.storage("a"))
+				if took := time.Since(start); waits[name] {
+					require.Greater(t, took, DefaultStaleThreshold-3*time.Second)
+					require.Less(t, took, DefaultStaleThreshold+3*time.Second)
+				} else {
+					require.Less(t, took, time.Second)
+				}
+				// Of old Athens' saves it is not known whose objects are whose.
+				if subset == 7 && (name == "no marker" || name == "of old Athens") {
+					requireKind(t, err, KindAlreadyExists)
+					requireStored(t, f, old)
+					return
+				}
+				require.NoError(t, err)
+				requireStored(t, f, a)
 			})
 		}
 	}
@@ -106,7 +104,7 @@ func TestSaveFinishesAnother(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		m := f.Machine("a")
-		f.fault(fakegcs.CrashBefore, func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" })
+		f.fault(fakegcs.CrashBefore, on("a", "patch", ""))
 		go a.save(t.Context(), NewStorage(m.Bucket)) // until the test's context ends
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
@@ -125,15 +123,14 @@ func TestSaveWaits(t *testing.T) {
 	forEach(t, inBubble, times, func(t *testing.T, f *fakeGCS, takes time.Duration) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		var done time.Time
-		var group sync.WaitGroup
-		group.Go(func() {
+		wait := alongside(func() {
 			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), takes))
 			done = time.Now()
 		})
 		time.Sleep(50 * time.Millisecond)
 		start := time.Now()
 		requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists)
-		group.Wait()
+		wait()
 		requireStored(t, f, a)
 		waited, late := done.Sub(start), time.Since(done)
 		require.LessOrEqual(t, late, 2*time.Second+40*time.Millisecond)
@@ -161,15 +158,12 @@ func (d sleepReader) Read([]byte) (int, error) {
 func TestSaveTakesOverFromFailed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		var group sync.WaitGroup
-		group.Go(func() {
+		wait := alongside(func() {
 			requireKind(t, a.saveHalf(t.Context(), f.storage("a"), sleepReader(10*time.Second), iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
 		})
 		time.Sleep(50 * time.Millisecond)
-		start := time.Now()
-		require.NoError(t, b.save(t.Context(), f.storage("b")))
-		require.Less(t, time.Since(start), 13*time.Second)
-		group.Wait()
+		require.Less(t, timeOf(func() { require.NoError(t, b.save(t.Context(), f.storage("b"))) }), 13*time.Second)
+		wait()
 		requireStored(t, f, b)
 	})
 }
@@ -250,25 +244,21 @@ func TestSaveReaderFails(t *testing.T) {
 	broken := errors.New("broken")
 	for _, size := range []int{0, 1, 1000, maxBuffered, maxBuffered + 1, 17 << 20} {
 		for _, err := range []error{broken, io.ErrUnexpectedEOF, context.DeadlineExceeded} {
-			t.Run(fmt.Sprintf("%v after %d", err, size), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					a, b := contentOf("a", size), contentOf("b", 100)
-					s := f.storage("a")
-					got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
-					requireKind(t, got, KindUnexpected)
-					require.ErrorIs(t, got, err)
-					require.Nil(t, f.Get(objectName(extZip)))
-					if size <= maxBuffered {
-						require.Empty(t, f.Log())
-					} else {
-						require.True(t, givesUp(&fakegcs.Request{Metadata: described(f, objectName(extMod)).Metadata}))
-					}
-					time.Sleep(time.Second)
-					start := time.Now()
-					require.NoError(t, b.save(t.Context(), s))
-					require.Less(t, time.Since(start), time.Second)
-					requireStored(t, f, b)
-				})
+			run(t, fmt.Sprintf("%v after %d", err, size), inBubble, func(t *testing.T, f *fakeGCS) {
+				a, b := contentOf("a", size), contentOf("b", 100)
+				s := f.storage("a")
+				got := a.saveFrom(t.Context(), s, io.MultiReader(plain(bytes.NewReader(a.zip)), iotest.ErrReader(err)))
+				requireKind(t, got, KindUnexpected)
+				require.ErrorIs(t, got, err)
+				require.Nil(t, f.Get(objectName(extZip)))
+				if size <= maxBuffered {
+					require.Empty(t, f.Log())
+				} else {
+					require.True(t, givesUp(&fakegcs.Request{Metadata: f.Get(objectName(extMod)).Metadata}))
+				}
+				time.Sleep(time.Second)
+				require.Less(t, timeOf(func() { require.NoError(t, b.save(t.Context(), s)) }), time.Second)
+				requireStored(t, f, b)
 			})
 		}
 	}
@@ -277,7 +267,7 @@ func TestSaveReaderFails(t *testing.T) {
 // An .info that is refused ends the save, although its zip would trickle on.
 func TestSaveInfoRefused(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.atFirst(func(r *fakegcs.Request) bool { return r.Object == objectName(extInfo) }, func() { f.Deny("storage.objects.create") })
+		f.atFirst(on("", "", extInfo), func() { f.Deny("storage.objects.create") })
 		start := time.Now()
 		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), io.LimitReader(readFunc(func(p []byte) (int, error) {
 			time.Sleep(time.Second)
@@ -300,20 +290,18 @@ func TestSaveMD5(t *testing.T) {
 			{"nil", func(zip []byte) []byte { return nil }, true},
 			{"19 bytes", func(zip []byte) []byte { return make([]byte, 19) }, true},
 		} {
-			t.Run(fmt.Sprintf("%s of %d", test.name, size), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					a := contentOf("a", size)
-					s := f.storage("a")
-					err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
-					if !test.ok {
-						requireKind(t, err, KindBadRequest)
-						require.Nil(t, f.Get(objectName(extZip)))
-						time.Sleep(time.Second)
-						err = a.save(t.Context(), s)
-					}
-					require.NoError(t, err)
-					requireStored(t, f, a)
-				})
+			run(t, fmt.Sprintf("%s of %d", test.name, size), inBubble, func(t *testing.T, f *fakeGCS) {
+				a := contentOf("a", size)
+				s := f.storage("a")
+				err := s.Save(t.Context(), testModule, testVersion, a.mod, bytes.NewReader(a.zip), test.sum(a.zip), a.info)
+				if !test.ok {
+					requireKind(t, err, KindBadRequest)
+					require.Nil(t, f.Get(objectName(extZip)))
+					time.Sleep(time.Second)
+					err = a.save(t.Context(), s)
+				}
+				require.NoError(t, err)
+				requireStored(t, f, a)
 			})
 		}
 	}
@@ -384,15 +372,14 @@ func TestSaveSleeperWakes(t *testing.T) {
 				sleeper.Pause()
 				time.AfterFunc(retryLimit-time.Minute, sleeper.Resume)
 			})
-			var group sync.WaitGroup
-			group.Go(func() {
+			wait := alongside(func() {
 				s := NewStorage(sleeper.Bucket, WithChunkSize(256<<10))
 				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindAlreadyExists)
 			})
 			time.Sleep(time.Second)
 			require.NoError(t, b.save(t.Context(), f.storage("b")))
 			requireStored(t, f, b)
-			group.Wait()
+			wait()
 			requireStored(t, f, b)
 		})
 	}
@@ -403,17 +390,15 @@ func TestSaveSleeperWakes(t *testing.T) {
 func TestSaveLateObject(t *testing.T) {
 	for _, ext := range []string{extInfo, extZip} {
 		for _, size := range []int{100, 2 << 20} {
-			t.Run(fmt.Sprintf("%s %d", ext, size), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					a := contentOf("a", size)
-					uploads := func(r *fakegcs.Request) bool { return r.Object == objectName(ext) }
-					f.atFirst(uploads, func() {
-						f.Put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
-						time.Sleep(time.Second) // past the limit on writes of one name
-					})
-					require.NoError(t, a.save(t.Context(), f.storage("a")))
-					requireStored(t, f, a)
+			run(t, fmt.Sprintf("%s %d", ext, size), inBubble, func(t *testing.T, f *fakeGCS) {
+				a := contentOf("a", size)
+				uploads := on("", "", ext)
+				f.atFirst(uploads, func() {
+					f.Put(objectName(ext), []byte("late"), map[string]string{keySaveID: "other"})
+					time.Sleep(time.Second) // past the limit on writes of one name
 				})
+				require.NoError(t, a.save(t.Context(), f.storage("a")))
+				requireStored(t, f, a)
 			})
 		}
 	}
@@ -424,7 +409,7 @@ func TestSaveLateObject(t *testing.T) {
 func TestSaveLateObjectUnseekable(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 2<<20)
-		starts := func(r *fakegcs.Request) bool { return r.Op == "start" }
+		starts := on("", "start", "")
 		f.atFirst(starts, func() { f.Put(objectName(extZip), []byte("late"), map[string]string{keySaveID: "other"}) })
 		s := f.storage("a", WithChunkSize(256<<10))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
@@ -480,19 +465,17 @@ func TestSaveRefusedAgainAndAgain(t *testing.T) {
 // A refusal that is none of the preconditions' doing ends the save.
 func TestSaveRefusedForOtherReasons(t *testing.T) {
 	for at, most := range map[string]int{"insert mod": 40, "patch mod": 40, "insert info": 10} {
-		t.Run(at, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, f *fakeGCS) {
-				op, ext, _ := strings.Cut(at, " ")
-				if ext == extInfo {
-					leave(f, nil, extInfo)
-					time.Sleep(time.Second)
-				}
-				f.fault(fakegcs.PreconditionFailed, func(r *fakegcs.Request) bool { return r.Op == op && r.Object == objectName(ext) })
-				err := contentOf("a", 100).save(t.Context(), f.storage("a"))
-				requireKind(t, err, KindUnexpected)
-				require.True(t, isPreconditionFailed(err))
-				require.Less(t, len(f.Log()), most)
-			})
+		run(t, at, inBubble, func(t *testing.T, f *fakeGCS) {
+			op, ext, _ := strings.Cut(at, " ")
+			if ext == extInfo {
+				leave(f, nil, extInfo)
+				time.Sleep(time.Second)
+			}
+			f.fault(fakegcs.PreconditionFailed, on("", op, ext))
+			err := contentOf("a", 100).save(t.Context(), f.storage("a"))
+			requireKind(t, err, KindUnexpected)
+			require.True(t, isPreconditionFailed(err))
+			require.Less(t, len(f.Log()), most)
 		})
 	}
 }
@@ -502,7 +485,7 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 func TestSaveOnceMeetsSuccessor(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 200)
-		f.atFirst(func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "attrs" }, func() {
+		f.atFirst(on("a", "attrs", ""), func() {
 			require.NoError(t, b.save(t.Context(), ahead(f, "b")))
 		})
 		requireKind(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), plain(bytes.NewReader(a.zip))), KindAlreadyExists)
@@ -531,15 +514,11 @@ func TestSavePermissions(t *testing.T) {
 func TestSaveRetriesEnd(t *testing.T) {
 	for _, op := range []string{"list", "insert", "patch"} {
 		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
-			t.Run(fmt.Sprintf("%s %v", op, fault), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, f *fakeGCS) {
-					storeFiles(f, testModule, testVersion, extMod)
-					time.Sleep(time.Second)
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
-					start := time.Now()
-					requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), kind)
-					require.Less(t, time.Since(start), 3*retryLimit)
-				})
+			run(t, fmt.Sprintf("%s %v", op, fault), inBubble, func(t *testing.T, f *fakeGCS) {
+				storeFiles(f, testModule, testVersion, extMod)
+				time.Sleep(time.Second)
+				f.fault(fault, on("", op, ""))
+				require.Less(t, timeOf(func() { requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), kind) }), 3*retryLimit)
 			})
 		}
 	}
@@ -549,7 +528,7 @@ func TestSaveRetriesEnd(t *testing.T) {
 func TestSaveDeleted(t *testing.T) {
 	forEach(t, inCrowd, []int{1, 2, 3}, func(t *testing.T, f *fakeGCS, n int) {
 		a := contentOf("a", 100)
-		isIt := func(r *fakegcs.Request) bool { return r.Machine == "a" && r.MachineN == n }
+		isIt := nth("a", n)
 		f.atFirst(isIt, func() {
 			time.Sleep(time.Second)
 			err := f.storage("b").Delete(t.Context(), testModule, testVersion)

@@ -82,21 +82,6 @@ func faultAt(f *fakeGCS, machine, at string, fault fakegcs.Fault, slow []string,
 	return fired
 }
 
-// leftByOld puts what an older save left there, an hour ago: a .mod with that marker,
-// and other objects with that metadata.
-func leftByOld(marker, others map[string]string, exts ...string) func(*fakeGCS) {
-	old := contentOf("old", 50)
-	return func(f *fakeGCS) {
-		for _, ext := range exts {
-			data, metadata := map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext], others
-			if ext == extMod {
-				metadata = marker
-			}
-			f.PutAt(objectName(ext), data, metadata, time.Now().Add(ago))
-		}
-	}
-}
-
 // crashThreshold is shorter than the default, which takes many polls to wait for.
 const crashThreshold = 10 * time.Second
 
@@ -117,7 +102,7 @@ func cutExists(ctx context.Context, s *Storage, _ content) error {
 // after another, each by a machine of its own and each cut off.
 type crashScene struct {
 	name  string
-	found func(f *fakeGCS)
+	found func(f *fakegcs.Server)
 	calls []cutCall
 	// slow are the requests that come second when two are made at once: those
 	// that do this, or to this object.
@@ -140,7 +125,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 				t.Log(what)
 			}
 		}()
-		sc.found(f)
+		sc.found(f.Server)
 		stored := map[string]content{"old": contentOf("old", 50)}
 		began := time.Now()
 		for i, c := range cuts {
@@ -232,19 +217,18 @@ func whoseVersion(t *testing.T, f *fakeGCS, stored map[string]content) string {
 // wait for; those that it waits for become stale, and are then no different.
 func crashScenes() []crashScene {
 	stale := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old")
-	saved := map[string]string{keySaveID: "old"}
 	scenes := []crashScene{
-		{name: "exists finishes", found: leftByOld(stale, saved, extInfo, extMod, extZip), calls: []cutCall{cutExists}},
-		{name: "delete", found: leftByOld(nil, saved, extInfo, extMod, extZip), calls: []cutCall{cutDelete}},
-		{name: "delete of an abandoned save", found: leftByOld(stale, saved, extInfo, extMod), calls: []cutCall{cutDelete}},
-		{name: "delete of leftovers", found: leftByOld(nil, saved, extInfo, extZip), calls: []cutCall{cutDelete}},
-		{name: "over objects of two saves", found: leftByOld(stale, map[string]string{keySaveID: "older"}, extInfo, extMod, extZip)},
+		{name: "exists finishes", found: leftBehind(stale, "old", extInfo, extMod, extZip), calls: []cutCall{cutExists}},
+		{name: "delete", found: leftBehind(nil, "old", extInfo, extMod, extZip), calls: []cutCall{cutDelete}},
+		{name: "delete of an abandoned save", found: leftBehind(stale, "old", extInfo, extMod), calls: []cutCall{cutDelete}},
+		{name: "delete of leftovers", found: leftBehind(nil, "old", extInfo, extZip), calls: []cutCall{cutDelete}},
+		{name: "over objects of two saves", found: leftBehind(stale, "older", extInfo, extMod, extZip)},
 	}
 	for _, op := range []string{"insert", "list"} {
 		for _, ext := range []string{extInfo, extZip} {
 			scenes = append(scenes, crashScene{
 				name:  "new, with a slow " + op + " and a slow " + ext,
-				found: leftByOld(nil, nil),
+				found: leftBehind(nil, ""),
 				slow:  []string{op, "." + ext},
 			})
 		}
@@ -262,7 +246,7 @@ func crashScenes() []crashScene {
 			}
 			scenes = append(scenes, crashScene{
 				name:  "over " + exts + " " + marker,
-				found: leftByOld(markers[marker], saved, strings.Fields(exts)...),
+				found: leftBehind(markers[marker], "old", strings.Fields(exts)...),
 				over:  true,
 				twin:  marker == "stale" || marker == "marked by old ones",
 			})

@@ -17,7 +17,7 @@ import (
 // meets every fault.
 type faultScene struct {
 	name  string
-	found func(f *fakeGCS)
+	found func(f *fakegcs.Server)
 	size  int // of the zip
 	zip   func(io.ReadSeeker) io.Reader
 	call  func(ctx context.Context, s *Storage, c content, zip io.Reader) error
@@ -32,8 +32,8 @@ const (
 )
 
 func faultScenes() []faultScene {
-	leave := func(marker map[string]string, exts ...string) func(*fakeGCS) {
-		return leftByOld(marker, map[string]string{keySaveID: "old"}, exts...)
+	leave := func(mark map[string]string, exts ...string) func(*fakegcs.Server) {
+		return leftBehind(mark, "old", exts...)
 	}
 	seekable := func(r io.ReadSeeker) io.Reader { return r }
 	unseekable := func(r io.ReadSeeker) io.Reader { return plain(r) }
@@ -55,7 +55,7 @@ func faultScenes() []faultScene {
 		{name: "given up", found: leave(marked(givenUp, "old"), extMod, extInfo)},
 		{name: "partial", found: leave(nil, extMod, extZip)},
 		{name: "without .mod", found: leave(nil, extInfo, extZip)},
-		{name: "soon stale", found: func(f *fakeGCS) {
+		{name: "soon stale", found: func(f *fakegcs.Server) {
 			f.Put(objectName(extMod), nil, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
 			time.Sleep(100 * time.Millisecond)
 		}},
@@ -112,7 +112,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			}
 		}()
 		old, a := contentOf("old", 50), contentOf("a", sc.size)
-		sc.found(f)
+		sc.found(f.Server)
 		fired := faultAt(f, "a", at, fault, []string{sc.slow, ".zip"}, func() {})
 		s := f.storage("a", WithChunkSize(faultChunk))
 		began := time.Now()

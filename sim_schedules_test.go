@@ -1010,20 +1010,6 @@ func stash(name string, skew time.Duration) role {
 	}}
 }
 
-// leftovers puts what a save has left into the bucket.
-func leftovers(marker map[string]string, id string, exts ...string) func(*fakegcs.Server) {
-	return func(f *fakegcs.Server) {
-		for _, ext := range exts {
-			c, metadata := contentOf("old", 50), marker
-			if ext != extMod && id != "" {
-				c, metadata = contentOf(id, 50), map[string]string{keySaveID: id}
-			}
-			data := map[string][]byte{extMod: c.mod, extInfo: c.info, extZip: c.zip}[ext]
-			f.PutAt(objectName(ext), data, metadata, time.Now().Add(-1000*time.Hour))
-		}
-	}
-}
-
 const wrong = 100 * time.Hour // of a clock
 
 func scenes() []scene {
@@ -1031,12 +1017,12 @@ func scenes() []scene {
 	ahead, behind := save("b", wrong), save("a", -wrong)
 	e := exists("e", wrong)
 	stale, gaveUp := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old"), marked(givenUp, "old")
-	complete := leftovers(nil, "old", extInfo, extMod, extZip)
-	unfinished := leftovers(stale, "old", extInfo, extMod, extZip)
-	abandoned := leftovers(stale, "old", extInfo, extMod)
-	mixed := leftovers(stale, "other", extInfo, extMod, extZip)
-	partial := leftovers(nil, "", extInfo, extMod)
-	headless := leftovers(nil, "old", extInfo, extZip)
+	complete := leftBehind(nil, "old", extInfo, extMod, extZip)
+	unfinished := leftBehind(stale, "old", extInfo, extMod, extZip)
+	abandoned := leftBehind(stale, "old", extInfo, extMod)
+	mixed := leftBehind(stale, "other", extInfo, extMod, extZip)
+	partial := leftBehind(nil, "", extInfo, extMod)
+	headless := leftBehind(nil, "old", extInfo, extZip)
 	return []scene{
 		{name: "a saver", quick: " lost stray unmet crash cancel stale renew", roles: []role{a}},
 		{name: "a saver, split", split: true, roles: []role{a}},
@@ -1049,13 +1035,13 @@ func scenes() []scene {
 		{name: "two savers, an unfinished version", roles: []role{a, b}, found: unfinished},
 		{name: "two savers, an abandoned version", roles: []role{a, b}, found: abandoned},
 		{name: "two savers, objects of two saves", roles: []role{a, b}, found: mixed},
-		{name: "two savers, a version given up", roles: []role{a, b}, found: leftovers(gaveUp, "old", extMod, extZip)},
-		{name: "two savers, a marker of an older Athens", roles: []role{a, b}, found: leftovers(map[string]string{keyInProgressOld: "true"}, "", extMod)},
+		{name: "two savers, a version given up", roles: []role{a, b}, found: leftBehind(gaveUp, "old", extMod, extZip)},
+		{name: "two savers, a marker of an older Athens", roles: []role{a, b}, found: leftBehind(map[string]string{keyInProgressOld: "true"}, "", extMod)},
 		{name: "two savers, a partial version", roles: []role{a, b}, found: partial},
 		{name: "two savers, a version without .mod", roles: []role{a, b}, found: headless},
 		{name: "two savers in pages of one", quick: "-", page: 1, roles: []role{a, ahead}},
-		{name: "two savers in pages of one, a lone .zip", page: 1, roles: []role{a, ahead}, found: leftovers(nil, "old", extZip)},
-		{name: "two savers in pages of one, a claim", page: 1, roles: []role{a, ahead}, found: leftovers(stale, "", extClaim)},
+		{name: "two savers in pages of one, a lone .zip", page: 1, roles: []role{a, ahead}, found: leftBehind(nil, "old", extZip)},
+		{name: "two savers in pages of one, a claim", page: 1, roles: []role{a, ahead}, found: leftBehind(stale, "", extClaim)},
 		{name: "two savers in pages of one, a partial version", page: 1, roles: []role{a, b}, found: partial},
 		{name: "saver and deleter", roles: []role{a, d}},
 		{name: "saver and deleter, a complete version", roles: []role{a, d}, found: complete},

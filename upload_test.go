@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -100,15 +99,14 @@ func TestSaveOfPanickingReader(t *testing.T) {
 				})
 				start, returned := time.Now(), false
 				var recovered any
-				var group sync.WaitGroup
-				group.Go(func() {
+				wait := alongside(func() {
 					defer func() { recovered = recover() }()
 					// The context does not end, and stops nothing that is left.
 					s := f.storage("a", WithChunkSize(faultChunk))
 					_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
 					returned = true
 				})
-				group.Wait()
+				wait()
 				require.False(t, returned)
 				require.Equal(t, how == "panic", recovered != nil)
 				require.Less(t, time.Since(start), 2*time.Second)
@@ -279,7 +277,7 @@ func TestStreamLimited(t *testing.T) {
 		for _, op := range []string{"start", "chunk"} {
 			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
 				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
-					f.fault(fault, func(r *fakegcs.Request) bool { return r.Op == op })
+					f.fault(fault, on("", op, ""))
 					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
 					if !seek {
 						zip = plain(zip)
