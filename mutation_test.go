@@ -30,6 +30,49 @@ func (c content) saveBroken(t *testing.T, s *Storage) {
 	require.ErrorIs(t, err, io.ErrClosedPipe)
 }
 
+// A rate that all changes of an object share costs a call a second, and a request or two.
+func TestSharedRateCosts(t *testing.T) {
+	a := contentOf("a", 100)
+	for name, call := range map[string]func(t *testing.T, f *fakeGCS, s *Storage){
+		"new": func(t *testing.T, _ *fakeGCS, s *Storage) { require.NoError(t, a.save(t.Context(), s)) },
+		"large": func(t *testing.T, _ *fakeGCS, s *Storage) {
+			require.NoError(t, contentOf("a", 2<<20).save(t.Context(), s))
+		},
+		"renewed": func(t *testing.T, _ *fakeGCS, s *Storage) {
+			s.SetStaleThreshold(4 * time.Second)
+			require.NoError(t, a.saveSlowly(t.Context(), s, 10*time.Second))
+		},
+		"taken over": func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, marked(givenUp, "old"), extMod, extZip)
+			require.NoError(t, a.save(t.Context(), s))
+		},
+		"given up": func(t *testing.T, f *fakeGCS, s *Storage) { a.saveBroken(t, s) },
+		"flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
+			_, err := newReplica(f, &origin{}, "a").Stash(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+		},
+		"failed flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
+			_, err := newReplica(f, &origin{fail: func(int) bool { return true }}, "a").Stash(t.Context(), testModule, testVersion)
+			require.ErrorIs(t, err, errGone)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cost := func(in arena) (took time.Duration, requests int) {
+				in(t, func(t *testing.T, f *fakeGCS) {
+					s, start := f.storage("a"), time.Now()
+					call(t, f, s)
+					took, requests = time.Since(start), len(f.Log())
+				})
+				return took, requests
+			}
+			usually, requests := cost(inFleet)
+			took, n := cost(inSharedRate)
+			require.LessOrEqual(t, took, usually+1500*time.Millisecond)
+			require.LessOrEqual(t, n, requests+2)
+		})
+	}
+}
+
 // With a shared rate, too, one of those who race stores the version, and who comes after
 // a save that failed does not wait for its marker.
 func TestSharedRateRaces(t *testing.T) {

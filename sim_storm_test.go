@@ -532,11 +532,15 @@ func (w *storm) weather(ctx context.Context, r *fakegcs.Request) fakegcs.Fault {
 	}
 	w.mu.Unlock()
 	w.awake(ctx, r)
-	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}
-	if r.Op == "chunk" {
+	badness, faults := w.badness, []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}
+	switch {
+	case r.Op == "chunk":
 		faults = append(faults, fakegcs.HalfChunk, fakegcs.SessionGone, fakegcs.SessionNotFound)
+	case r.Op == "get" && strings.HasSuffix(r.Object, "."+extZip) && badness > 0 && rng.IntN(2) == 0:
+		// A stream breaks, and hangs when it is to go on.
+		badness, faults = 1, []fakegcs.Fault{fakegcs.LostBody, fakegcs.Hung}
 	}
-	if rng.Float64() >= w.badness {
+	if rng.Float64() >= badness {
 		return fakegcs.NoFault
 	}
 	if rng.IntN(8) == 0 {
