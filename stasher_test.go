@@ -2,7 +2,6 @@ package gcs
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -50,47 +48,55 @@ func answering(vers string, err error) Stasher {
 // origin is the version control system that a fleet fetches from. A master there is
 // pseudoVersion.
 type origin struct {
-	takes time.Duration       // for one fetch
-	fail  func(call int) bool // whether the n-th fetch ends with errGone; nil for none
+	takes  time.Duration                     // for one fetch
+	fail   func(call int) bool               // whether the n-th fetch ends with errGone; nil for none
+	answer func(vers string) (string, error) // instead of storing what was fetched, if not nil
 
 	mu    sync.Mutex
-	calls map[string]int // by version asked for
-	begun int            // fetches
-	now   int            // fetches under way,
-	most  int            // and the most there ever were
+	calls map[ModuleVersion]int // by what was asked for
+	begun int                   // fetches
+	now   int                   // fetches under way,
+	most  int                   // and the most there ever were
+}
+
+// begin counts a fetch, and returns how many there were.
+func (o *origin) begin(v ModuleVersion) int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.calls == nil {
+		o.calls = map[ModuleVersion]int{}
+	}
+	o.calls[v]++
+	o.begun++
+	o.now++
+	o.most = max(o.most, o.now)
+	return o.begun
+}
+
+func (o *origin) end() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.now--
 }
 
 // stasher fetches for a Storage, as Athens' own does, and stores what it fetched.
 func (o *origin) stasher(s *Storage) Stasher {
 	return stashFunc(func(ctx context.Context, module, vers string) (string, error) {
-		o.mu.Lock()
-		if o.calls == nil {
-			o.calls = map[string]int{}
-		}
-		o.calls[vers]++
-		o.begun++
-		n := o.begun
-		o.now++
-		o.most = max(o.most, o.now)
-		o.mu.Unlock()
-		defer func() {
-			o.mu.Lock()
-			o.now--
-			o.mu.Unlock()
-		}()
+		n := o.begin(ModuleVersion{module, vers})
+		defer o.end()
 		if err := sleep(ctx, o.takes); err != nil {
 			return "", err
+		}
+		if o.answer != nil {
+			return o.answer(vers)
 		}
 		if o.fail != nil && o.fail(n) {
 			return "", errGone
 		}
-		if vers == "master" {
-			vers = pseudoVersion
-		}
-		if err := stashSave(ctx, s, module, vers); err != nil {
+		if err := stashSave(ctx, s, module, resolved(vers)); err != nil {
 			return "", athensLike{"stasher.Stash", KindUnexpected, err}
 		}
-		return vers, nil
+		return resolved(vers), nil
 	})
 }
 
@@ -99,6 +105,14 @@ func (o *origin) total() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.begun
+}
+
+// resolved is the version that a version or a branch is at the origin.
+func resolved(vers string) string {
+	if vers == "master" {
+		return pseudoVersion
+	}
+	return vers
 }
 
 func stashSave(ctx context.Context, s *Storage, module, vers string) error {
@@ -141,27 +155,21 @@ func newFleet(f *fakeGCS, o *origin, n int, opts ...Option) []replica {
 func stashAll(t *testing.T, fleet []replica, spread time.Duration) (errs []error, took time.Duration) {
 	start := time.Now()
 	errs = make([]error, len(fleet))
-	var group sync.WaitGroup
-	for i, r := range fleet {
-		group.Go(func() {
-			time.Sleep(time.Duration(i) * spread)
-			saved, err := r.Stash(t.Context(), testModule, testVersion)
-			if err == nil {
-				require.Equal(t, testVersion, saved)
-			}
-			errs[i] = err
-		})
-	}
-	group.Wait()
+	together(len(fleet), func(i int) {
+		time.Sleep(time.Duration(i) * spread)
+		saved, err := fleet[i].Stash(t.Context(), testModule, testVersion)
+		if err == nil {
+			require.Equal(t, testVersion, saved)
+		}
+		errs[i] = err
+	})
 	return errs, time.Since(start)
 }
 
 // requireStash stashes a version and checks what is saved.
 func requireStash(t *testing.T, stasher Stasher, vers, want string) {
 	t.Helper()
-	saved, err := stasher.Stash(t.Context(), testModule, vers)
-	require.NoError(t, err)
-	require.Equal(t, want, saved)
+	returns(t, want)(stasher.Stash(t.Context(), testModule, vers))
 }
 
 func requireNoErrors(t *testing.T, errs []error) {
@@ -176,22 +184,15 @@ func TestSingleFlightShares(t *testing.T) {
 		calls := 0
 		stasher := f.storage("a").SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
 			calls++
-			require.Equal(t, testModule, module)
-			require.Equal(t, vers, v)
+			require.Equal(t, ModuleVersion{testModule, vers}, ModuleVersion{module, v})
 			require.Equal(t, 0, ctx.Value(contextKey{})) // of the first who came
 			time.Sleep(5 * time.Second)
 			return pseudoVersion, nil
 		}))
-		var group sync.WaitGroup
-		for i := range 20 {
-			group.Go(func() {
-				time.Sleep(time.Duration(i) * 100 * time.Millisecond)
-				saved, err := stasher.Stash(context.WithValue(t.Context(), contextKey{}, i), testModule, vers)
-				require.NoError(t, err)
-				require.Equal(t, pseudoVersion, saved)
-			})
-		}
-		group.Wait()
+		together(20, func(i int) {
+			time.Sleep(time.Duration(i) * 100 * time.Millisecond)
+			returns(t, pseudoVersion)(stasher.Stash(context.WithValue(t.Context(), contextKey{}, i), testModule, vers))
+		})
 		require.Equal(t, 1, calls)
 	})
 }
@@ -200,60 +201,44 @@ func TestSingleFlightShares(t *testing.T) {
 // same call.
 func TestSingleFlightSharesNoMore(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		var mu sync.Mutex
-		calls := map[string]int{}
-		stasher := f.storage("a").SingleFlight(stashFunc(func(ctx context.Context, module, v string) (string, error) {
-			mu.Lock()
-			defer mu.Unlock()
-			calls[module+"@"+v]++
-			return v, nil
-		}))
-		for range 2 {
-			var group sync.WaitGroup
-			for _, v := range []ModuleVersion{{"a", "v1.0.0"}, {"a", "v1.0.1"}, {"b", "v1.0.0"}, {"a", "master"}, {"b", "master"}} {
-				group.Go(func() {
-					saved, err := stasher.Stash(t.Context(), v.Module, v.Version)
-					require.NoError(t, err)
-					require.Equal(t, v.Version, saved)
-				})
+		o := &origin{answer: func(vers string) (string, error) { return vers, nil }}
+		a := newReplica(f, o, "a")
+		versions := []ModuleVersion{{"a", "v1.0.0"}, {"a", "v1.0.1"}, {"b", "v1.0.0"}, {"a", "master"}, {"b", "master"}}
+		want := map[ModuleVersion]int{}
+		for n := range 2 {
+			together(len(versions), func(i int) {
+				returns(t, versions[i].Version)(a.Stash(t.Context(), versions[i].Module, versions[i].Version))
+			})
+			for _, v := range versions {
+				want[v] = n + 1
 			}
-			group.Wait()
 		}
-		require.Equal(t, map[string]int{"a@v1.0.0": 2, "a@v1.0.1": 2, "b@v1.0.0": 2, "a@master": 2, "b@master": 2}, calls)
+		require.Equal(t, want, o.calls)
 	})
 }
 
 // A caller, the first or another, that has had enough leaves at once, and alone.
 func TestSingleFlightCallerLeaves(t *testing.T) {
-	for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
+	for _, vers := range []string{testVersion, "master"} {
 		for leaver := range 3 {
 			run(t, fmt.Sprint(vers, leaver), inFleet, func(t *testing.T, f *fakeGCS) {
 				o := &origin{takes: 5 * time.Second}
 				a := newReplica(f, o, "a")
 				start := time.Now()
-				var group sync.WaitGroup
-				for i := range 3 {
-					group.Go(func() {
-						ctx := t.Context()
-						if i == leaver {
-							ctx = within(t, 2*time.Second)
-						}
-						time.Sleep(time.Duration(i) * time.Millisecond)
-						saved, err := a.Stash(ctx, testModule, vers)
-						if i == leaver {
-							require.Equal(t, 2*time.Second, time.Since(start))
-							require.ErrorIs(t, err, context.DeadlineExceeded)
-							require.Equal(t, KindGatewayTimeout, Kind(err))
-							require.Empty(t, saved)
-							return
-						}
-						require.NoError(t, err)
-						require.Equal(t, want, saved)
-					})
-				}
-				group.Wait()
+				together(3, func(i int) {
+					time.Sleep(time.Duration(i) * time.Millisecond)
+					if i != leaver {
+						requireStash(t, a, vers, resolved(vers))
+						return
+					}
+					saved, err := a.Stash(within(t, 2*time.Second-time.Since(start)), testModule, vers)
+					require.Equal(t, 2*time.Second, time.Since(start))
+					require.ErrorIs(t, err, context.DeadlineExceeded)
+					require.Equal(t, KindGatewayTimeout, Kind(err))
+					require.Empty(t, saved)
+				})
 				require.Equal(t, 1, o.total())
-				requireComplete(t, f, testModule, want)
+				requireComplete(t, f, testModule, resolved(vers))
 			})
 		}
 	}
@@ -263,26 +248,29 @@ func TestSingleFlightCallerLeaves(t *testing.T) {
 // fetched and stored all the same, with the values of that context.
 func TestSingleFlightOutlivesCallers(t *testing.T) {
 	const takes = 5 * time.Second
-	on := func(op, ext string) func(*fakegcs.Request) bool {
+	at := func(op, ext string) matcher {
 		return func(r *fakegcs.Request) bool { return r.Op == op && strings.HasSuffix(r.Object, ext) }
 	}
-	for name, when := range map[string]struct {
+	never := at("no request", "")
+	type testCase struct {
 		after time.Duration
-		at    func(*fakegcs.Request) bool
-	}{
-		"before the call":       {-1, nil},
-		"at the call":           {0, nil},
-		"just after the call":   {time.Nanosecond, nil},
-		"at the first list":     {time.Hour, on("list", "")},
-		"at the claim":          {time.Hour, on("insert", extClaim)},
-		"during the fetch":      {takes / 2, nil},
-		"at the save":           {time.Hour, on("insert", extMod)},
-		"at the commit":         {time.Hour, on("patch", extMod)},
-		"at the claim's delete": {time.Hour, on("delete", extClaim)},
+		at    matcher
+		query bool // whether a stash of a query makes that request
+	}
+	for name, when := range map[string]testCase{
+		"before the call":       {-1, never, true},
+		"at the call":           {0, never, true},
+		"just after the call":   {time.Nanosecond, never, true},
+		"at the first list":     {time.Hour, at("list", ""), false},
+		"at the claim":          {time.Hour, at("insert", extClaim), false},
+		"during the fetch":      {takes / 2, never, true},
+		"at the save":           {time.Hour, at("insert", extMod), true},
+		"at the commit":         {time.Hour, at("patch", extMod), true},
+		"at the claim's delete": {time.Hour, at("delete", extClaim), false},
 	} {
-		for vers, want := range map[string]string{testVersion: testVersion, "master": pseudoVersion} {
-			if vers == "master" && (name == "at the first list" || name == "at the claim" || name == "at the claim's delete") {
-				continue // it makes no such request
+		for _, vers := range []string{testVersion, "master"} {
+			if vers == "master" && !when.query {
+				continue
 			}
 			run(t, name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
 				o := &origin{takes: takes}
@@ -296,37 +284,26 @@ func TestSingleFlightOutlivesCallers(t *testing.T) {
 				}))
 				ctx, cancel := context.WithTimeout(context.WithValue(t.Context(), contextKey{}, "value"), time.Hour)
 				defer cancel()
-				f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-					if when.at != nil && when.at(r) {
-						cancel()
-					}
-					return fakegcs.NoFault
-				})
-				switch {
-				case when.after < 0:
+				f.before(when.at, cancel)
+				if when.after < 0 {
 					cancel()
-				case when.after == 0:
+				} else if when.after == 0 {
 					go cancel()
-				default:
-					time.AfterFunc(when.after, cancel)
 				}
+				time.AfterFunc(when.after, cancel)
 				start := time.Now()
-				var group sync.WaitGroup
-				for range 3 { // who come at the same time leave at the same time
-					group.Go(func() {
-						_, err := stasher.Stash(ctx, testModule, vers)
-						require.ErrorIs(t, err, context.Canceled)
-						requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
-					})
-				}
-				group.Wait()
+				together(3, func(int) { // who come at the same time leave at the same time
+					_, err := stasher.Stash(ctx, testModule, vers)
+					require.ErrorIs(t, err, context.Canceled)
+					requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
+				})
 				require.Less(t, time.Since(start), takes+time.Second)
 				if when.after >= 0 && when.after < time.Hour {
 					require.Equal(t, when.after, time.Since(start))
 				}
 				time.Sleep(2 * takes)
 				require.Equal(t, 1, o.total())
-				requireComplete(t, f, testModule, want)
+				requireComplete(t, f, testModule, resolved(vers))
 			})
 		}
 	}
@@ -408,12 +385,9 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		"fails": {iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
 		"dies":  {bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		var group sync.WaitGroup
 		saver := f.Machine("saver")
 		ctx, cancel := context.WithCancel(t.Context())
-		group.Go(func() {
-			contentOf(testVersion, 100).saveHalf(ctx, NewStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
-		})
+		go contentOf(testVersion, 100).saveHalf(ctx, NewStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
 		time.Sleep(time.Second)
 		if test.crash {
 			saver.Crash()
@@ -426,7 +400,6 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 		require.Less(t, time.Since(start), test.until)
 		requireComplete(t, f, testModule, testVersion)
 		cancel()
-		group.Wait()
 		time.Sleep(time.Minute)
 	})
 }
@@ -436,8 +409,7 @@ func TestSingleFlightWaitsForSave(t *testing.T) {
 func TestSingleFlightSaveComesBetween(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		var group sync.WaitGroup
-		claims := func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Object == objectName(extClaim) }
-		f.atFirst(claims, func() {
+		f.atFirst(on("", "insert", extClaim), func() {
 			group.Go(func() {
 				require.NoError(t, contentOf(testVersion, 100).saveSlowly(t.Context(), f.storage("saver"), 20*time.Second))
 			})
@@ -452,32 +424,51 @@ func TestSingleFlightSaveComesBetween(t *testing.T) {
 	})
 }
 
-// An answer that another has saved the version is success, and says which.
-func TestSingleFlightAlreadyExists(t *testing.T) {
+// An answer that another has saved the version is success, and says which. Any other
+// error is passed on as it is, with what came beside it.
+func TestSingleFlightAnswers(t *testing.T) {
 	own := &Error{Op: "gcs.Save", Kind: KindAlreadyExists, Module: testModule, Version: pseudoVersion, Err: errExists}
 	nameless := &Error{Op: "gcs.Save", Kind: KindAlreadyExists, Module: testModule, Err: errExists}
-	for _, test := range []struct {
-		name     string
-		err      error
-		beside   string
-		resolved string // "" for the version that was asked for
-	}{
-		{"own", own, "", pseudoVersion},
-		{"own, beside another version", own, "beside", pseudoVersion},
-		{"wrapped", fmt.Errorf("stash: %w", fmt.Errorf("save: %w", own)), "", pseudoVersion},
-		{"joined", errors.Join(io.EOF, own), "", pseudoVersion},
-		{"two wrapped", fmt.Errorf("%w: %w", io.EOF, own), "", pseudoVersion},
-		{"of Athens", athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
-		{"of Athens, a pointer", &athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
-		{"of Athens, another kind outside", athensLike{"a", KindUnexpected, athensLike{"b", KindUnexpected, own}}, "", pseudoVersion},
-		{"of another module", &Error{Kind: KindAlreadyExists, Module: "other", Version: pseudoVersion}, "", pseudoVersion},
-		{"of no version", nameless, "", ""},
-		{"of no version, beside one", nameless, pseudoVersion, pseudoVersion},
+	const asked, failed = "what was asked for", "no version"
+	type testCase struct {
+		err          error
+		beside, want string
+	}
+	for name, test := range map[string]testCase{
+		"own":                             {own, "", pseudoVersion},
+		"own, beside another version":     {own, "beside", pseudoVersion},
+		"wrapped":                         {fmt.Errorf("stash: %w", fmt.Errorf("save: %w", own)), "", pseudoVersion},
+		"joined":                          {errors.Join(io.EOF, own), "", pseudoVersion},
+		"two wrapped":                     {fmt.Errorf("%w: %w", io.EOF, own), "", pseudoVersion},
+		"of Athens":                       {athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
+		"of Athens, a pointer":            {&athensLike{"a", KindAlreadyExists, own}, "", pseudoVersion},
+		"of Athens, another kind outside": {athensLike{"a", KindUnexpected, athensLike{"b", KindUnexpected, own}}, "", pseudoVersion},
+		"of another module":               {&Error{Kind: KindAlreadyExists, Module: "other", Version: pseudoVersion}, "", pseudoVersion},
+		"of no version":                   {nameless, "", asked},
+		"of no version, beside one":       {nameless, pseudoVersion, pseudoVersion},
+		"failed, plain":                   {errors.New("git: not found"), "beside", failed},
+		"failed, own":                     {&Error{Kind: KindNotFound, Err: io.EOF}, "beside", failed},
+		"failed, wrapped":                 {fmt.Errorf("fetch: %w", &Error{Kind: KindRateLimit}), "beside", failed},
+		"failed, of Athens":               {&athensLike{"a", KindNotFound, io.EOF}, "beside", failed},
+		"failed, of Athens, no ours":      {&athensLike{"a", KindAlreadyExists, io.EOF}, "beside", failed},
+		"failed, of Athens, alone":        {&athensLike{"a", KindAlreadyExists, nil}, "beside", failed},
+		"failed repair":                   {&Error{Kind: KindUnexpected, Module: testModule, Err: nameless}, "beside", failed},
+		"failed, cancelled":               {context.Canceled, "beside", failed},
+		"failed, says so by words":        {errors.New("409 already exists"), "beside", failed},
+		"failed, exists":                  {fs.ErrExist, "beside", failed},
 	} {
 		for _, vers := range []string{"master", testVersion} {
-			run(t, test.name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
-				stasher := f.storage("a").SingleFlight(answering(test.beside, test.err))
-				requireStash(t, stasher, vers, cmp.Or(test.resolved, vers))
+			run(t, name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
+				saved, err := f.storage("a").SingleFlight(answering(test.beside, test.err)).Stash(t.Context(), testModule, vers)
+				switch test.want {
+				case failed:
+					require.True(t, err == test.err, "%v", err)
+					require.Equal(t, test.beside, saved)
+				case asked:
+					returns(t, vers)(saved, err)
+				default:
+					returns(t, test.want)(saved, err)
+				}
 			})
 		}
 	}
@@ -487,57 +478,24 @@ func TestSingleFlightAlreadyExists(t *testing.T) {
 func TestSingleFlightResolves(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		o := &origin{takes: time.Second}
-		var group sync.WaitGroup
-		for _, r := range newFleet(f, o, 5) {
-			for range 3 {
-				group.Go(func() { requireStash(t, r, "master", pseudoVersion) })
-			}
-		}
-		group.Wait()
+		fleet := newFleet(f, o, 5)
+		together(15, func(i int) { requireStash(t, fleet[i%5], "master", pseudoVersion) })
 		require.Equal(t, 5, o.total())
 		requireComplete(t, f, testModule, pseudoVersion)
 	})
-}
-
-// Any other error is passed on as it is, with what came beside it.
-func TestSingleFlightErrors(t *testing.T) {
-	for name, want := range map[string]error{
-		"plain":              errors.New("git: not found"),
-		"own":                &Error{Kind: KindNotFound, Err: io.EOF},
-		"wrapped":            fmt.Errorf("fetch: %w", &Error{Kind: KindRateLimit}),
-		"of Athens":          &athensLike{"a", KindNotFound, io.EOF},
-		"of Athens, no ours": &athensLike{"a", KindAlreadyExists, io.EOF},
-		"of Athens, alone":   &athensLike{"a", KindAlreadyExists, nil},
-		"a failed repair":    &Error{Kind: KindUnexpected, Module: testModule, Err: &Error{Kind: KindAlreadyExists, Module: testModule}},
-		"cancelled":          context.Canceled,
-		"says so by words":   errors.New("409 already exists"),
-		"exists":             fs.ErrExist,
-	} {
-		for _, vers := range []string{"master", testVersion} {
-			run(t, name+" of "+vers, inFleet, func(t *testing.T, f *fakeGCS) {
-				saved, err := f.storage("a").SingleFlight(answering("beside", want)).Stash(t.Context(), testModule, vers)
-				require.True(t, err == want, "%v", err)
-				require.Equal(t, "beside", saved)
-			})
-		}
-	}
 }
 
 // If next ends its goroutine, its callers are told so. The claim is given back, and who
 // comes next flies anew.
 func TestSingleFlightNextExits(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		var calls atomic.Int64
-		stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
-			calls.Add(1)
-			runtime.Goexit()
-			return "", nil
-		}))
+		o := &origin{answer: func(string) (string, error) { runtime.Goexit(); return "", nil }}
+		a := newReplica(f, o, "a")
 		for i, vers := range []string{"master", testVersion, testVersion} {
-			_, err := stasher.Stash(t.Context(), testModule, vers)
+			_, err := a.Stash(t.Context(), testModule, vers)
 			require.ErrorIs(t, err, errGoexit)
 			requireError(t, err, KindUnexpected, "gcs.Stash", testModule, vers)
-			require.EqualValues(t, i+1, calls.Load())
+			require.Equal(t, i+1, o.total())
 			require.Empty(t, locks(f))
 		}
 	})
@@ -551,23 +509,11 @@ func TestSingleFlightQueries(t *testing.T) {
 		"v1.2.3": false, "v1.2.3-rc.1": false, "v2.0.0+incompatible": false, "v1.2.3-pre+meta": false, pseudoVersion: false,
 	} {
 		run(t, query, inFleet, func(t *testing.T, f *fakeGCS) {
-			calls := 0
-			stasher := f.storage("a").SingleFlight(stashFunc(func(context.Context, string, string) (string, error) {
-				calls++
-				time.Sleep(time.Second)
-				return testVersion, nil
-			}))
-			var group sync.WaitGroup
-			for range 10 {
-				group.Go(func() { requireStash(t, stasher, query, testVersion) })
-			}
-			group.Wait()
-			require.Equal(t, 1, calls)
-			if isOne {
-				require.Empty(t, f.Log())
-			} else {
-				require.NotEmpty(t, f.Log())
-			}
+			o := &origin{takes: time.Second, answer: func(string) (string, error) { return testVersion, nil }}
+			a := newReplica(f, o, "a")
+			together(10, func(int) { requireStash(t, a, query, testVersion) })
+			require.Equal(t, 1, o.total())
+			require.Equal(t, isOne, len(f.Log()) == 0)
 		})
 	}
 }
@@ -580,22 +526,14 @@ func TestSingleFlightFleet(t *testing.T) {
 			run(t, fmt.Sprintf("%d of %d", n, versions), inFleet, func(t *testing.T, f *fakeGCS) {
 				o := &origin{takes: 3 * time.Second}
 				start := time.Now()
-				var group sync.WaitGroup
-				for _, r := range newFleet(f, o, n) {
-					for v := range 2 * versions { // two callers of each
-						group.Go(func() {
-							vers := fmt.Sprintf("v1.0.%d", v%versions)
-							requireStash(t, r, vers, vers)
-							requireComplete(t, f, testModule, vers)
-						})
-					}
-				}
-				group.Wait()
-				require.Less(t, time.Since(start), o.takes+lastPoll)
-				saves := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool {
-					return path.Ext(r.Object) != ".zip" || !r.Applied
+				fleet := newFleet(f, o, n)
+				together(n*2*versions, func(i int) { // two callers of each version on each replica
+					vers := fmt.Sprintf("v1.0.%d", i%versions)
+					requireStash(t, fleet[i/(2*versions)], vers, vers)
+					requireComplete(t, f, testModule, vers)
 				})
-				require.Len(t, saves, versions)
+				require.Less(t, time.Since(start), o.takes+lastPoll)
+				require.Equal(t, versions, f.count(func(r *fakegcs.Request) bool { return path.Ext(r.Object) == ".zip" && r.Applied }))
 				require.Len(t, o.calls, versions)
 				require.Equal(t, versions, o.total())
 			})
@@ -627,27 +565,18 @@ func TestSingleFlightFleetLate(t *testing.T) {
 // When the holder of the claim fails, its caller is told why. All others fetch at
 // once: they do not queue for what may exist nowhere.
 func TestSingleFlightHolderFails(t *testing.T) {
-	for name, fail := range map[string]func(call int) bool{
-		"once":             func(call int) bool { return call == 1 },
-		"as all others do": func(int) bool { return true },
-	} {
+	for _, once := range []bool{true, false} {
 		for _, n := range []int{2, 8, 32} {
 			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
-				run(t, fmt.Sprint(name, n, latency), inFleet, func(t *testing.T, f *fakeGCS) {
+				run(t, fmt.Sprint("once ", once, n, latency), inFleet, func(t *testing.T, f *fakeGCS) {
 					f.SetLatency(latency)
-					o := &origin{takes: 20 * time.Second, fail: fail}
+					o := &origin{takes: 20 * time.Second, fail: func(call int) bool { return call == 1 || !once }}
 					errs, took := stashAll(t, newFleet(f, o, n), 0)
-					failed := 0
-					for _, err := range errs {
-						if err != nil {
-							require.True(t, err == errGone, "%v", err)
-							failed++
-						}
-					}
+					failed := requireGone(t, errs)
 					require.Equal(t, n, o.total())
 					require.Equal(t, n-1, o.most)
 					require.Less(t, took, 2*o.takes+lastPoll+10*latency)
-					if name == "once" {
+					if once {
 						require.Equal(t, 1, failed)
 						requireComplete(t, f, testModule, testVersion)
 					} else {
@@ -658,6 +587,18 @@ func TestSingleFlightHolderFails(t *testing.T) {
 			}
 		}
 	}
+}
+
+// requireGone checks that errors are errGone, and returns how many there are.
+func requireGone(t *testing.T, errs []error) (n int) {
+	t.Helper()
+	for _, err := range errs {
+		if err != nil {
+			require.True(t, err == errGone, "%v", err)
+			n++
+		}
+	}
+	return n
 }
 
 // The same when it has saved for longer than a claim lives without renewals, and then
@@ -704,9 +645,7 @@ func TestSingleFlightAllFailQuickly(t *testing.T) {
 		f.SetLatency(500 * time.Millisecond) // so that many are refused at once
 		o := &origin{fail: func(int) bool { return true }}
 		errs, _ := stashAll(t, newFleet(f, o, 24), 0)
-		for _, err := range errs {
-			require.True(t, err == errGone, "%v", err)
-		}
+		require.Equal(t, 24, requireGone(t, errs))
 		require.Equal(t, 24, o.total())
 	})
 }
@@ -718,12 +657,11 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 	for _, n := range []int{2, 8, 32} {
 		for _, successorFails := range []bool{false, true} {
 			run(t, fmt.Sprint(n, successorFails), inCrowd, func(t *testing.T, f *fakeGCS) {
-				fail := func(call int) bool { return successorFails && call == 2 }
-				o := &origin{takes: 5 * time.Second, fail: fail}
+				o := &origin{takes: 5 * time.Second, fail: func(call int) bool { return successorFails && call == 2 }}
 				fleet := newFleet(f, o, n)
 				ctx, cancel := context.WithCancel(t.Context())
-				var group sync.WaitGroup
-				group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
+				defer cancel()
+				go fleet[0].Stash(ctx, testModule, testVersion)
 				time.Sleep(time.Second)
 				fleet[0].Crash()
 				errs, took := stashAll(t, fleet[1:], 0)
@@ -741,8 +679,6 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 					requireComplete(t, f, testModule, testVersion)
 				}
 				require.Empty(t, locks(f))
-				cancel()
-				group.Wait()
 			})
 		}
 	}
@@ -763,13 +699,8 @@ func TestSingleFlightSlowHolder(t *testing.T) {
 // renewed returns how often an object's marker was changed, and checks that it was
 // not too often for GCS.
 func renewed(t *testing.T, f *fakeGCS, ext string) (n int) {
-	for _, r := range f.Log() {
-		require.NotEqual(t, 429, r.Status)
-		if r.Op == "patch" && r.Object == objectName(ext) && r.Applied {
-			n++
-		}
-	}
-	return n
+	require.Zero(t, f.count(func(r *fakegcs.Request) bool { return r.Status == 429 }))
+	return f.count(func(r *fakegcs.Request) bool { return on("", "patch", ext)(r) && r.Applied })
 }
 
 // However short the threshold is, a claim is not renewed more than once a second.
@@ -787,16 +718,19 @@ func TestSingleFlightWaitIsBounded(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		o := &origin{takes: 20 * time.Minute}
 		fleet := newFleet(f, o, 2)
-		var group sync.WaitGroup
-		group.Go(func() { requireStash(t, fleet[0], testVersion, testVersion) })
-		time.Sleep(time.Second)
-		start := time.Now()
-		_, err := fleet[1].Stash(t.Context(), testModule, testVersion)
-		requireError(t, err, KindGatewayTimeout, "gcs.Stash", testModule, testVersion)
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Equal(t, 15*time.Minute, time.Since(start))
-		require.Len(t, locks(f), 1)
-		group.Wait()
+		together(2, func(i int) {
+			if i == 0 {
+				requireStash(t, fleet[0], testVersion, testVersion)
+				return
+			}
+			time.Sleep(time.Second)
+			start := time.Now()
+			_, err := fleet[1].Stash(t.Context(), testModule, testVersion)
+			requireError(t, err, KindGatewayTimeout, "gcs.Stash", testModule, testVersion)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.Equal(t, 15*time.Minute, time.Since(start))
+			require.Len(t, locks(f), 1)
+		})
 		require.Equal(t, 1, o.total())
 		requireComplete(t, f, testModule, testVersion)
 	})
@@ -807,24 +741,20 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		o := &origin{takes: 5 * time.Minute}
 		fleet := newFleet(f, o, 2)
-		var group sync.WaitGroup
-		for i, r := range fleet {
-			group.Go(func() {
-				time.Sleep(time.Duration(i) * time.Second)
-				requireStash(t, r, testVersion, testVersion)
-			})
-		}
-		time.Sleep(2 * time.Second)
-		fleet[0].Pause()
-		time.Sleep(4 * time.Minute)
-		holder := f.Get(objectName(extClaim))
-		fleet[0].Resume()
-		time.Sleep(75 * time.Second) // the first is done
-		requireComplete(t, f, testModule, testVersion)
-		now := f.Get(objectName(extClaim))
-		require.NotNil(t, now)
-		require.Equal(t, holder.Generation, now.Generation)
-		group.Wait()
+		together(3, func(i int) {
+			time.Sleep(time.Duration(i) * time.Second)
+			if i < 2 {
+				requireStash(t, fleet[i], testVersion, testVersion)
+				return
+			}
+			fleet[0].Pause()
+			time.Sleep(4 * time.Minute)
+			holder := f.Get(objectName(extClaim))
+			fleet[0].Resume()
+			time.Sleep(75 * time.Second) // the first is done
+			requireComplete(t, f, testModule, testVersion)
+			require.Equal(t, holder.Generation, described(f, objectName(extClaim)).Generation)
+		})
 		require.Equal(t, 2, o.total())
 	})
 }
@@ -865,7 +795,7 @@ func TestClaimIsInvisible(t *testing.T) {
 		fresh := func(v ModuleVersion) { f.Put(v.object(extClaim), nil, marked(time.Now(), "other")) }
 		fresh(ModuleVersion{testModule, "v0.9.0"}) // a version that is being fetched
 		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-		fresh(ModuleVersion{testModule, testVersion})
+		fresh(testVersionName)
 		fresh(ModuleVersion{"another.org/mod", "v1.0.0"})
 
 		seen := scanned(t, s, "another.org/mod")
@@ -876,7 +806,7 @@ func TestClaimIsInvisible(t *testing.T) {
 
 		requireList(t, s, testModule, testVersion)
 		requireList(t, s, "another.org/mod")
-		require.Equal(t, []ModuleVersion{{testModule, testVersion}}, catalogOf(t, s, 0))
+		require.Equal(t, []ModuleVersion{testVersionName}, catalogOf(t, s, 0))
 		requireExists(t, s, testVersion, true)
 		requireExists(t, s, "v0.9.0", false)
 		require.True(t, Is(s.Delete(t.Context(), testModule, "v0.9.0"), KindNotFound))
@@ -930,9 +860,7 @@ func TestRepairRemovesLoneClaim(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
 		for _, left := range []int{1, 0} {
-			state, err := f.storage("a").Repair(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-			require.Equal(t, Absent, state)
+			returns(t, Absent)(f.storage("a").Repair(t.Context(), testModule, testVersion))
 			require.Len(t, locks(f), left)
 			time.Sleep(claimStale)
 		}
@@ -952,29 +880,20 @@ func TestSingleFlightNoDelete(t *testing.T) {
 			fleet[i] = newReplica(f, o, fmt.Sprint(i), logs[i].option())
 		}
 		start := time.Now()
-		var group sync.WaitGroup
-		for _, r := range fleet {
-			for range 3 {
-				group.Go(func() { requireStash(t, r, testVersion, testVersion) })
-			}
-		}
-		group.Wait()
+		together(12, func(i int) { requireStash(t, fleet[i%4], testVersion, testVersion) })
 		require.LessOrEqual(t, o.total(), len(fleet))
 		require.Less(t, time.Since(start), 2*o.takes)
 		for i, r := range fleet { // each has to find out for itself
 			vers := fmt.Sprintf("v1.1.%d", i)
 			start := time.Now()
 			requireStash(t, r, vers, vers)
-			require.Equal(t, 1, o.calls[vers])
+			require.Equal(t, 1, o.calls[ModuleVersion{testModule, vers}])
 			require.Less(t, time.Since(start), 2*o.takes)
-			lines := logs[i].lines(slog.LevelWarn)
-			require.Len(t, lines, 1)
-			require.Contains(t, lines[0], "storage.objects.delete")
+			require.Len(t, logs[i].lines(slog.LevelWarn), 1)
+			require.Contains(t, logs[i].String(), "storage.objects.delete")
 			f.ResetLog()
 			requireStash(t, r, "v2.0.0", "v2.0.0")
-			for _, r := range f.Log() { // and then tries no more
-				require.NotContains(t, r.Object, ".lock")
-			}
+			require.Zero(t, f.count(func(r *fakegcs.Request) bool { return strings.Contains(r.Object, ".lock") })) // it tries no more
 			require.Len(t, logs[i].lines(slog.LevelWarn), 1)
 		}
 	})
@@ -1001,23 +920,15 @@ func TestSingleFlightNoCreate(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		f.Deny("storage.objects.create")
-		s := f.storage("a", log.option())
-		var calls atomic.Int32
-		stasher := s.SingleFlight(stashFunc(func(_ context.Context, _, vers string) (string, error) {
-			calls.Add(1)
-			return vers, nil
-		}))
+		o := &origin{answer: func(vers string) (string, error) { return vers, nil }}
+		a := newReplica(f, o, "a", log.option())
 		for range 2 {
-			var group sync.WaitGroup
-			for i := range 3 { // which find it out at the same time
-				group.Go(func() {
-					vers := fmt.Sprintf("v1.0.%d", i)
-					requireStash(t, stasher, vers, vers)
-				})
-			}
-			group.Wait()
+			together(3, func(i int) { // who find it out at the same time
+				vers := fmt.Sprintf("v1.0.%d", i)
+				requireStash(t, a, vers, vers)
+			})
 		}
-		require.EqualValues(t, 6, calls.Load())
+		require.Equal(t, 6, o.total())
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "storage.objects.create")
 	})
@@ -1031,9 +942,8 @@ func TestSingleFlightRetention(t *testing.T) {
 		o := &origin{takes: time.Second}
 		start := time.Now()
 		for _, r := range newFleet(f, o, 3) {
-			for i := range 3 {
-				_, err := r.Stash(t.Context(), testModule, fmt.Sprintf("v1.0.%d", i))
-				require.NoError(t, err)
+			for _, vers := range []string{"v1.0.0", "v1.0.1", "v1.0.2"} {
+				requireStash(t, r, vers, vers)
 			}
 		}
 		require.Less(t, time.Since(start), 10*time.Second)
@@ -1067,33 +977,25 @@ func TestSingleFlightFaults(t *testing.T) {
 						o := &origin{takes: threshold/claimFraction/renewals + time.Second} // with one renewal
 						ctx, cancel := context.WithCancel(t.Context())
 						defer cancel()
-						f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-							if r.Machine != "0" || r.MachineN != n {
-								return fakegcs.NoFault
-							}
+						f.fault(fault, nth("0", n))
+						f.before(nth("0", n), func() {
 							met = true
 							if leaves {
 								time.AfterFunc(time.Second, cancel)
 							}
-							return fault
 						})
 						start := time.Now()
 						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
-						var group sync.WaitGroup
-						group.Go(func() {
-							saved, err := fleet[0].Stash(ctx, testModule, testVersion)
-							if err == nil {
-								require.Equal(t, testVersion, saved, "at request %d", n)
-							} else {
-								require.True(t, leaves, "%v at request %d", err, n)
+						together(2, func(i int) {
+							time.Sleep(time.Duration(i) * time.Millisecond)
+							saved, err := fleet[i].Stash([]context.Context{ctx, t.Context()}[i], testModule, testVersion)
+							if err != nil && leaves && i == 0 {
 								require.ErrorIs(t, err, context.Canceled, "at request %d", n)
+								return
 							}
+							require.NoError(t, err, "at request %d", n)
+							require.Equal(t, testVersion, saved, "at request %d", n)
 						})
-						time.Sleep(time.Millisecond)
-						saved, err := fleet[1].Stash(t.Context(), testModule, testVersion)
-						require.NoError(t, err, "at request %d", n)
-						require.Equal(t, testVersion, saved)
-						group.Wait()
 						require.Less(t, time.Since(start), o.takes+20*time.Second, "at request %d", n)
 						requireComplete(t, f, testModule, testVersion)
 						time.Sleep(releaseTimeout) // a flight without callers ends
@@ -1119,17 +1021,11 @@ func TestSingleFlightCrashes(t *testing.T) {
 					met = false
 					inCrowd(t, func(t *testing.T, f *fakeGCS) {
 						o := &origin{takes: threshold/claimFraction/renewals + time.Second}
-						f.fault(fault, func(r *fakegcs.Request) bool {
-							if r.Machine != "0" || r.MachineN != n {
-								return false
-							}
-							met = true
-							return true
-						})
+						f.fault(fault, nth("0", n))
+						f.before(nth("0", n), func() { met = true })
 						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
 						ctx, cancel := context.WithCancel(t.Context())
-						var group sync.WaitGroup
-						group.Go(func() { fleet[0].Stash(ctx, testModule, testVersion) })
+						go fleet[0].Stash(ctx, testModule, testVersion)
 						time.Sleep(time.Second)
 						start := time.Now()
 						stash := func() {
@@ -1148,15 +1044,12 @@ func TestSingleFlightCrashes(t *testing.T) {
 						stayed += len(locks(f))
 						time.Sleep(threshold / claimFraction)
 						if repair {
-							state, err := fleet[1].s.Repair(t.Context(), testModule, testVersion)
-							require.NoError(t, err)
-							require.Equal(t, Complete, state)
+							returns(t, Complete)(fleet[1].s.Repair(t.Context(), testModule, testVersion))
 						} else {
 							stash()
 						}
 						require.Empty(t, locks(f), "at request %d", n)
 						cancel()
-						group.Wait()
 						time.Sleep(time.Minute)
 					})
 				}
@@ -1172,13 +1065,12 @@ func TestSingleFlightClaimStays(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		log := &syncedLog{}
 		o := &origin{}
-		f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return r.Op == "delete" })
+		f.fault(fakegcs.Unavailable, on("", "delete", ""))
 		start := time.Now()
 		requireStash(t, newReplica(f, o, "a", log.option()), testVersion, testVersion)
 		require.Less(t, time.Since(start), releaseTimeout+time.Second)
 		require.Len(t, log.lines(slog.LevelWarn), 3, "two of its request")
-		require.Contains(t, log.String(), "could not delete a claim")
-		require.Contains(t, log.String(), "module="+testModule+" version="+testVersion)
+		require.Contains(t, log.String(), `msg="could not delete a claim: others have to wait until it is stale" module=`+testModule+" version="+testVersion)
 		f.onRequest(nil)
 		requireStash(t, newReplica(f, o, "b"), testVersion, testVersion)
 		require.Equal(t, 1, o.total())
@@ -1199,7 +1091,6 @@ func TestSingleFlightCost(t *testing.T) {
 		"complete version beside a stale claim": {testVersion, true, true, 3, 0, 3},
 		"query":                                 {"master", false, false, 0, 0, 3},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		o := &origin{}
 		s := f.storage("a")
 		if test.stored {
 			require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
@@ -1207,24 +1098,20 @@ func TestSingleFlightCost(t *testing.T) {
 		if test.claimed {
 			f.Put(objectName(extClaim), nil, marked(givenUp, "dead"))
 		}
-		var before, after int
-		next := o.stasher(s)
+		before, after := -1, 0
 		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
 			before = len(f.Log())
-			saved, err := next.Stash(ctx, module, vers)
+			err := stashSave(ctx, s, module, resolved(vers))
 			after = len(f.Log())
-			return saved, err
+			return resolved(vers), err
 		}))
 		f.ResetLog()
-		_, err := stasher.Stash(t.Context(), testModule, test.vers)
-		require.NoError(t, err)
+		requireStash(t, stasher, test.vers, resolved(test.vers))
 		log := f.Log()
-		if o.total() == 0 {
+		if before < 0 {
 			before, after = len(log), len(log)
 		}
-		require.Equal(t, test.before, before)
-		require.Equal(t, test.after, len(log)-after)
-		require.Equal(t, test.serial, fakegcs.SerialTrips(log))
+		require.Equal(t, []int{test.before, test.after, test.serial}, []int{before, len(log) - after, fakegcs.SerialTrips(log)})
 	})
 }
 
@@ -1232,12 +1119,7 @@ func TestSingleFlightCost(t *testing.T) {
 func TestStaleClaimIsRenewed(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extClaim), nil, marked(time.Now().Add(-claimStale), "other"))
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "delete" {
-				f.SetMetadata(objectName(extClaim), marked(time.Now(), "other"))
-			}
-			return fakegcs.NoFault
-		})
+		f.before(on("", "delete", ""), func() { f.SetMetadata(objectName(extClaim), marked(time.Now(), "other")) })
 		_, err := f.storage("a").Repair(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		require.Len(t, locks(f), 1)
@@ -1247,31 +1129,26 @@ func TestStaleClaimIsRenewed(t *testing.T) {
 // A claim is deleted after its last renewal was answered, and nothing is said of one
 // that is another's by then.
 func TestClaimIsDeletedLast(t *testing.T) {
-	for _, lost := range []bool{false, true} {
-		inCrowd(t, func(t *testing.T, f *fakeGCS) {
-			renewals, inFlight := 0, 0
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				switch r.Op + path.Ext(r.Object) {
-				case "patch.lock":
-					renewals++
-					inFlight++
-					time.Sleep(2 * time.Second)
-					inFlight--
-				case "delete.lock":
-					require.Zero(t, inFlight)
-					if lost {
-						f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
-					}
-				}
-				return fakegcs.NoFault
-			})
-			var log syncedLog
-			o := &origin{takes: claimStale/4 + time.Second}
-			requireStash(t, newReplica(f, o, "a", log.option()), testVersion, testVersion)
-			require.Equal(t, 1, renewals)
-			require.Empty(t, log.String())
+	forEach(t, inCrowd, []bool{false, true}, func(t *testing.T, f *fakeGCS, lost bool) {
+		renewals, inFlight := 0, 0
+		f.before(on("", "patch", extClaim), func() {
+			renewals++
+			inFlight++
+			time.Sleep(2 * time.Second)
+			inFlight--
 		})
-	}
+		f.before(on("", "delete", extClaim), func() {
+			require.Zero(t, inFlight)
+			if lost {
+				f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
+			}
+		})
+		var log syncedLog
+		o := &origin{takes: claimStale/4 + time.Second}
+		requireStash(t, newReplica(f, o, "a", log.option()), testVersion, testVersion)
+		require.Equal(t, 1, renewals)
+		require.Empty(t, log.String())
+	})
 }
 
 // A claim that may still arrive beside a complete version is not fenced by another.
@@ -1279,7 +1156,7 @@ func TestClaimBesideComplete(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		claims := 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op != "insert" || path.Ext(r.Object) != ".lock" {
+			if !on("", "insert", extClaim)(r) {
 				return fakegcs.NoFault
 			}
 			switch claims++; claims {
