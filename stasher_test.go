@@ -753,7 +753,9 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 			fleet[0].Resume()
 			time.Sleep(75 * time.Second) // the first is done
 			requireComplete(t, f, testModule, testVersion)
-			require.Equal(t, holder.Generation, described(f, objectName(extClaim)).Generation)
+			now := f.Get(objectName(extClaim))
+			require.NotNil(t, now)
+			require.Equal(t, holder.Generation, now.Generation)
 		})
 		require.Equal(t, 2, o.total())
 	})
