@@ -549,3 +549,15 @@ func TestSaveHealsAndSaysSo(t *testing.T) {
 		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }
+
+// Calls that wait for the same save do not all ask at the same moments.
+func TestPollsAreJittered(t *testing.T) {
+	s := NewStorage(newFakeGCS(t).Machine("m").Bucket)
+	for _, waited := range []time.Duration{0, time.Second, time.Minute} {
+		pauses := map[time.Duration]bool{}
+		for range 100 {
+			pauses[s.pollPause(waited)] = true
+		}
+		require.Greater(t, len(pauses), 50)
+	}
+}
