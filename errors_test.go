@@ -143,24 +143,13 @@ func TestErrorsOfBothTransports(t *testing.T) {
 			for name, is := range predicates {
 				require.Equal(t, name == tc.is, is(tc.err), name)
 			}
-			err := fail(t.Context(), "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
-			requireError(t, err, tc.kind, "gcs.Save", "m", "v1.0.0")
-			require.ErrorIs(t, err, tc.err)
-
 			// The caller's context decides once it has ended.
-			ctx, cancel := context.WithCancel(t.Context())
-			cancel()
-			err = fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
-			requireError(t, err, KindUnexpected, "gcs.Save", "m", "v1.0.0")
-			require.ErrorIs(t, err, context.Canceled)
-			require.ErrorIs(t, err, tc.err)
-
-			ctx, cancel = context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
-			defer cancel()
-			err = fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
-			requireError(t, err, KindGatewayTimeout, "gcs.Save", "m", "v1.0.0")
-			require.ErrorIs(t, err, context.DeadlineExceeded)
-			require.ErrorIs(t, err, tc.err)
+			for _, ctx := range append(contextEnds(t.Context(), 0), contextEnd{t.Context(), tc.kind, tc.err}) {
+				err := fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
+				requireError(t, err, ctx.kind, "gcs.Save", "m", "v1.0.0")
+				require.ErrorIs(t, err, ctx.cause)
+				require.ErrorIs(t, err, tc.err)
+			}
 		})
 	}
 	for name, is := range predicates {

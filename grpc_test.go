@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -39,33 +38,18 @@ func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 // A version that somebody else finishes, or deletes and saves again, at the very
 // moment is complete all the same.
 func TestRefusedOverBoth(t *testing.T) {
-	for name, hooks := range map[string]func(f *fakeGCS, mod string){
-		"finished by another": func(f *fakeGCS, mod string) {
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "patch" {
-					f.SetMetadata(mod, nil)
-				}
-				return fakegcs.NoFault
-			})
-		},
-		"saved anew by another": func(f *fakeGCS, mod string) {
-			f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-				if r.Op == "patch" {
-					f.Remove(mod)
-				}
-				return fakegcs.NoFault
-			})
-			f.onAnswer(func(r *fakegcs.Request) {
-				if r.Op == "patch" {
-					f.Put(mod, nil, nil)
-				}
-			})
+	v := ModuleVersion{"m", "v1.0.0"}
+	mod := v.object(extMod)
+	for name, hooks := range map[string]func(f *fakeGCS){
+		"finished by another": func(f *fakeGCS) { f.before(on("", "patch", ""), func() { f.SetMetadata(mod, nil) }) },
+		"saved anew by another": func(f *fakeGCS) {
+			f.before(on("", "patch", ""), func() { f.Remove(mod) })
+			f.after(on("", "patch", ""), func() { f.Put(mod, nil, nil) })
 		},
 	} {
 		run(t, name, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			v := ModuleVersion{"m", "v1.0.0"}
 			unfinishedVersion(f, v)
-			hooks(f, v.object(extMod))
+			hooks(f)
 			returns(t, true)(s.Exists(t.Context(), "m", "v1.0.0"))
 		})
 	}
@@ -146,7 +130,7 @@ func TestReadErrors(t *testing.T) {
 			cancel()
 			require.ErrorIs(t, fails(ctx, KindUnexpected), context.Canceled)
 			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
-				f.fault(fault, func(*fakegcs.Request) bool { return true })
+				f.fault(fault, on("", "", ""))
 				require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)
 			}
 			f.onRequest(nil)
@@ -165,7 +149,7 @@ func TestAnswersOverBoth(t *testing.T) {
 	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected} {
 		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
 			storeVersion(f, "m", "v1.0.0")
-			f.fault(fault, func(*fakegcs.Request) bool { return true })
+			f.fault(fault, on("", "", ""))
 			for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
 				err := call(t.Context())
 				require.Error(t, err, op)
@@ -181,22 +165,13 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 		fakegcs.TooMany, fakegcs.Unavailable, fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Hung, fakegcs.HungApplied,
 	} {
 		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			for n := 0; ; n++ {
-				var hit atomic.Bool
+			for n := 0; n <= len(f.Log()); n++ { // with no fault at last
 				f.ResetLog()
 				f.onRequest(nil)
-				f.fault(fault, func(r *fakegcs.Request) bool {
-					if r.N == n {
-						hit.Store(true)
-					}
-					return r.N == n
-				})
+				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
 				vers := fmt.Sprintf("v1.%d.0", n)
 				require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
 				returns(t, true)(s.Exists(t.Context(), "m", vers))
-				if !hit.Load() {
-					break
-				}
 			}
 		})
 	}
@@ -206,19 +181,14 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 func TestContextEndsOverBoth(t *testing.T) {
 	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, "m", "v1.0.0")
-		f.fault(fakegcs.Hung, func(*fakegcs.Request) bool { return true })
+		f.fault(fakegcs.Hung, on("", "", ""))
 		for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
-			ctx, cancel := context.WithCancel(t.Context())
-			time.AfterFunc(time.Minute, cancel)
-			err := call(ctx)
-			require.Equal(t, KindUnexpected, Kind(err), "%s: %v", op, err)
-			require.ErrorIs(t, err, context.Canceled, op)
-
-			ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-			err = call(ctx)
-			cancel()
-			require.Equal(t, KindGatewayTimeout, Kind(err), "%s: %v", op, err)
-			require.ErrorIs(t, err, context.DeadlineExceeded, op)
+			for i := range 2 {
+				ctx := contextEnds(t.Context(), time.Minute)[i]
+				err := call(ctx)
+				require.Equal(t, ctx.kind, Kind(err), "%s: %v", op, err)
+				require.ErrorIs(t, err, ctx.cause, op)
+			}
 		}
 	})
 }
@@ -257,7 +227,7 @@ func TestDeadlineExceededAtOnce(t *testing.T) {
 func TestAnswerAtTheDeadline(t *testing.T) {
 	for range 30 {
 		inCrowd(t, func(t *testing.T, f *fakeGCS) {
-			f.fault(fakegcs.Unavailable, func(r *fakegcs.Request) bool { return true })
+			f.fault(fakegcs.Unavailable, on("", "", ""))
 			_, err := f.storage("m").Exists(within(t, 20*time.Millisecond), testModule, testVersion)
 			requireKind(t, err, KindGatewayTimeout)
 		})

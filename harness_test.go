@@ -194,6 +194,25 @@ func together(n int, do func(i int)) {
 	group.Wait()
 }
 
+// A contextEnd is a context that ends, and what a call says of it.
+type contextEnd struct {
+	context.Context
+	kind  int
+	cause error
+}
+
+// contextEnds returns a context that is cancelled after that time, and one whose deadline is
+// then.
+func contextEnds(parent context.Context, after time.Duration) []contextEnd {
+	cancelled, cancel := context.WithCancel(parent)
+	late, stop := context.WithTimeout(parent, after)
+	context.AfterFunc(late, func() { cancel(); stop() })
+	if after == 0 {
+		cancel()
+	}
+	return []contextEnd{{cancelled, KindUnexpected, context.Canceled}, {late, KindGatewayTimeout, context.DeadlineExceeded}}
+}
+
 // returns checks the result of a call that must not fail.
 func returns[T any](t *testing.T, want T) func(got T, err error) {
 	return func(got T, err error) {

@@ -1156,20 +1156,10 @@ func TestClaimIsDeletedLast(t *testing.T) {
 // A claim that may still arrive beside a complete version is not fenced by another.
 func TestClaimBesideComplete(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		claims := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if !on("", "insert", extClaim)(r) {
-				return fakegcs.NoFault
-			}
-			switch claims++; claims {
-			case 1:
-				return fakegcs.StrayReset
-			case 2:
-				storeVersion(f, testModule, testVersion)
-				return fakegcs.PreconditionFailed
-			}
-			return fakegcs.NoFault
-		})
+		claim := on("", "insert", extClaim)
+		f.fault(fakegcs.PreconditionFailed, first(1, claim)) // the second of all
+		f.atFirst(claim, func() { storeVersion(f, testModule, testVersion) })
+		f.fault(fakegcs.StrayReset, first(1, claim))
 		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
 		require.Empty(t, locks(f))
 	})
