@@ -72,8 +72,8 @@ func mixedBucket(f *fakeGCS) []ModuleVersion {
 	return complete
 }
 
-func TestCatalogPages(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestCatalog(t *testing.T) {
+	run(t, "pages", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		want := mixedBucket(f)
 		for pageSize := 1; pageSize <= len(want)+1; pageSize++ {
 			pages := pagesOf(t, s, pageSize, func() {})
@@ -85,18 +85,14 @@ func TestCatalogPages(t *testing.T) {
 			}
 		}
 	})
-}
 
-func TestCatalogEmpty(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "empty", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		require.Equal(t, [][]ModuleVersion{{}}, pagesOf(t, s, 10, nil))
 		storeFiles(f, "m", "v1.0.0", extInfo, extZip)
 		require.Equal(t, [][]ModuleVersion{{}}, pagesOf(t, s, 10, nil))
 	})
-}
 
-func TestCatalogDefaultPageSize(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "default page size", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for i := range 1001 {
 			storeVersion(f, "m", fmt.Sprintf("v1.%04d.0", i))
 		}
@@ -108,18 +104,72 @@ func TestCatalogDefaultPageSize(t *testing.T) {
 		}
 		require.Len(t, pagesOf(t, s, 5000, func() {}), 1)
 	})
-}
 
-func removeVersion(f *fakeGCS, v ModuleVersion) {
-	for _, ext := range []string{extInfo, extMod, extZip} {
-		f.Remove(v.object(ext))
-	}
-}
+	// The last version of a page can be deleted, and those that follow it.
+	run(t, "after a delete", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, "m", "v1.0.0", "v1.1.0", "v1.2.0", "v1.3.0")
+		page, token, err := s.Catalog(t.Context(), "", 2)
+		require.NoError(t, err)
+		require.Equal(t, []ModuleVersion{{"m", "v1.0.0"}, {"m", "v1.1.0"}}, page)
+		for _, vers := range []string{"v1.1.0", "v1.2.0"} {
+			require.NoError(t, s.Delete(t.Context(), "m", vers))
+		}
+		require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0-rc.1"))
+		page, token, err = s.Catalog(t.Context(), token, 2)
+		require.NoError(t, err)
+		require.Equal(t, []ModuleVersion{{"m", "v1.3.0"}}, page)
+		require.Empty(t, token)
+	})
 
-// Versions come and go between two pages. Those that were there all the time are
-// listed once, and so is any other at the most.
-func TestCatalogWhileChanging(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	// A token is good for another page size, and for another instance.
+	run(t, "token elsewhere", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		want := mixedBucket(f)
+		var got []ModuleVersion
+		for pageSize, token := 1, ""; pageSize == 1 || token != ""; pageSize++ {
+			page, next, err := f.storage("other").Catalog(t.Context(), token, pageSize)
+			require.NoError(t, err)
+			got, token = append(got, page...), next
+		}
+		require.Equal(t, want, got)
+	})
+
+	run(t, "bad tokens", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		mixedBucket(f)
+		_, good, err := s.Catalog(t.Context(), "", 3)
+		require.NoError(t, err)
+		require.NotEmpty(t, good)
+
+		bad := []string{
+			"x", " ", "1000", "null", good + " ", good + "\n", "\r\n" + good, good + "=", good + good, "/@v/v1.0.0.zip", "m/@v/.zip",
+			"m/@v/v1.0.0.info", "m/@v/v1.0.0.mod", "m/@v/v1.0.0.lock", "m//n/@v/v1.0.0.zip", "m/@v/v1.0.0/v2.0.0.zip", "m/v1.0.0.zip",
+			strings.Repeat("m", 1024) + "/@v/v1.0.0.zip",
+			// A page token of GCS: the last name, as a protocol buffer.
+			base64.StdEncoding.EncodeToString([]byte("\x0a\x0fm/@v/v1.0.0.zip")),
+		}
+		for i := 1; i < len(good); i++ {
+			bad = append(bad, good[:i])
+		}
+		rnd := rand.New(rand.NewPCG(1, 2))
+		for size := range 200 {
+			b := make([]byte, size+1)
+			for i := range b {
+				b[i] = byte(rnd.Uint32())
+			}
+			bad = append(bad, base64.RawURLEncoding.EncodeToString(b))
+		}
+		f.ResetLog()
+		for _, token := range bad {
+			page, next, err := s.Catalog(t.Context(), token, 3)
+			requireError(t, err, KindBadRequest, "gcs.Catalog", "", "")
+			require.Nil(t, page)
+			require.Empty(t, next)
+		}
+		require.Empty(t, f.Log())
+	})
+
+	// Versions come and go between two pages. Those that were there all the time are
+	// listed once, and so is any other at the most.
+	run(t, "while changing", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		want := mixedBucket(f)
 		suffixes := []string{"", ".a", ".j0", ".k0", ".mod.x", ".zi", ".zip.zip", "-rc", "0"}
 		for seed := range uint64(40) {
@@ -164,70 +214,8 @@ func TestCatalogWhileChanging(t *testing.T) {
 	})
 }
 
-// The last version of a page can be deleted, and those that follow it.
-func TestCatalogAfterDelete(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0", "v1.1.0", "v1.2.0", "v1.3.0")
-		page, token, err := s.Catalog(t.Context(), "", 2)
-		require.NoError(t, err)
-		require.Equal(t, []ModuleVersion{{"m", "v1.0.0"}, {"m", "v1.1.0"}}, page)
-		for _, vers := range []string{"v1.1.0", "v1.2.0"} {
-			require.NoError(t, s.Delete(t.Context(), "m", vers))
-		}
-		require.NoError(t, saveVersion(t.Context(), s, "m", "v1.0.0-rc.1"))
-		page, token, err = s.Catalog(t.Context(), token, 2)
-		require.NoError(t, err)
-		require.Equal(t, []ModuleVersion{{"m", "v1.3.0"}}, page)
-		require.Empty(t, token)
-	})
-}
-
-// A token is good for another page size, and for another instance.
-func TestCatalogTokenElsewhere(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		want := mixedBucket(f)
-		var got []ModuleVersion
-		for pageSize, token := 1, ""; pageSize == 1 || token != ""; pageSize++ {
-			page, next, err := f.storage("other").Catalog(t.Context(), token, pageSize)
-			require.NoError(t, err)
-			got, token = append(got, page...), next
-		}
-		require.Equal(t, want, got)
-	})
-}
-
-func TestCatalogBadTokens(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		mixedBucket(f)
-		_, good, err := s.Catalog(t.Context(), "", 3)
-		require.NoError(t, err)
-		require.NotEmpty(t, good)
-
-		bad := []string{
-			"x", " ", "1000", "null", good + " ", good + "\n", "\r\n" + good, good + "=", good + good, "/@v/v1.0.0.zip", "m/@v/.zip",
-			"m/@v/v1.0.0.info", "m/@v/v1.0.0.mod", "m/@v/v1.0.0.lock", "m//n/@v/v1.0.0.zip", "m/@v/v1.0.0/v2.0.0.zip", "m/v1.0.0.zip",
-			strings.Repeat("m", 1024) + "/@v/v1.0.0.zip",
-			// A page token of GCS: the last name, as a protocol buffer.
-			base64.StdEncoding.EncodeToString([]byte("\x0a\x0fm/@v/v1.0.0.zip")),
-		}
-		for i := 1; i < len(good); i++ {
-			bad = append(bad, good[:i])
-		}
-		rnd := rand.New(rand.NewPCG(1, 2))
-		for size := range 200 {
-			b := make([]byte, size+1)
-			for i := range b {
-				b[i] = byte(rnd.Uint32())
-			}
-			bad = append(bad, base64.RawURLEncoding.EncodeToString(b))
-		}
-		f.ResetLog()
-		for _, token := range bad {
-			page, next, err := s.Catalog(t.Context(), token, 3)
-			requireError(t, err, KindBadRequest, "gcs.Catalog", "", "")
-			require.Nil(t, page)
-			require.Empty(t, next)
-		}
-		require.Empty(t, f.Log())
-	})
+func removeVersion(f *fakeGCS, v ModuleVersion) {
+	for _, ext := range []string{extInfo, extMod, extZip} {
+		f.Remove(v.object(ext))
+	}
 }

@@ -163,20 +163,32 @@ func TestExistsStates(t *testing.T) {
 	}
 }
 
-// The time of an older Athens version's marker is that of its object's creation,
-// whatever was updated since.
-func TestOldMarkerIsAsOldAsItsObject(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestOldMarker(t *testing.T) {
+	// The time of an older Athens version's marker is that of its object's creation,
+	// whatever was updated since.
+	run(t, "is as old as its object", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		f.PutAt(objectName(extMod), nil, map[string]string{keyInProgressOld: "true"}, time.Now().Add(ago))
 		f.SetMetadata(objectName(extMod), map[string]string{keyInProgressOld: "true"})
 		requireExists(t, s, testVersion, true)
 	})
+
+	// A .mod of an older Athens says nothing of its save, but .info and .zip beside it do
+	// if they name another .mod.
+	run(t, "beside objects of another", inCrowd, func(t *testing.T, f *fakeGCS) {
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
+		// A delete that was cut short.
+		f.Remove(objectName(extMod))
+		// An older Athens began a save there and died.
+		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
+		time.Sleep(time.Hour)
+		requireExists(t, f.storage("b"), testVersion, false)
+	})
 }
 
-// To a caller who may not finish it, an unfinished version does not exist.
-func TestExistsWithoutUpdatePermission(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestExists(t *testing.T) {
+	// To a caller who may not finish it, an unfinished version does not exist.
+	run(t, "without update permission", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		unfinishedVersion(f, testVersionName)
 		before := f.Get(objectName(extMod))
 		f.Deny("storage.objects.update")
@@ -187,6 +199,62 @@ func TestExistsWithoutUpdatePermission(t *testing.T) {
 
 		f.Allow("storage.objects.update")
 		requireExists(t, s, testVersion, true)
+	})
+
+	// A renewal can come between, and after it the holder can die.
+	run(t, "after a race", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		unfinishedVersion(f, testVersionName)
+		f.atFirst(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), marked(time.Now().Add(ago/2), "a")) })
+		requireExists(t, s, testVersion, true)
+		require.Equal(t, []string{"list", "patch", "list", "patch"}, logged(f))
+	})
+
+	// A refusal that has nothing to do with the conditions is not asked for again
+	// and again.
+	run(t, "refused for another reason", withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		unfinishedVersion(f, testVersionName)
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.Method == http.MethodPatch {
+				return answer(http.StatusPreconditionFailed, "Public access prevention is enforced.")
+			}
+			return nil
+		})
+		_, err := s.Exists(t.Context(), testModule, testVersion)
+		requireError(t, err, KindUnexpected, "gcs.Exists", testModule, testVersion)
+		require.Contains(t, err.Error(), "Public access prevention")
+	})
+
+	// The objects of other versions may lie between those of one, by the thousand.
+	run(t, "among many others", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for i := range 1200 {
+			storeFiles(f, testModule, fmt.Sprintf("v1.n%04d", i), extInfo)
+		}
+		storeFiles(f, testModule, "v1", extInfo, extMod)
+		requireExists(t, s, "v1", false)
+		storeFiles(f, testModule, "v1", extZip)
+		requireExists(t, s, "v1", true)
+
+		// A list of several pages is no snapshot: here the version is partial
+		// while the first is read, which ends before the .zip, and another save
+		// has begun when the second is.
+		f.Remove(testModule + "/@v/v1.zip")
+		f.ResetLog()
+		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, "v1") })
+		requireExists(t, s, "v1", false)
+		require.NotNil(t, f.Get(testModule+"/@v/v1.zip"))
+		// And again, since the .zip names another .mod.
+		require.Equal(t, []string{"list", "list", "list", "list", "list", "list"}, logged(f))
+	})
+
+	// Nor is a list of few objects, when the server sends less than it is asked for.
+	run(t, "across short pages", withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		s := behind(f, pageBy("2"))
+		storeFiles(f, testModule, testVersion, extInfo, extMod)
+		// The version is partial while it is read first, then a save begins that
+		// never ends.
+		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, testVersion) })
+		storeFiles(f, testModule, testVersion+".x", extInfo)
+		requireExists(t, s, testVersion, false)
 	})
 }
 
@@ -225,16 +293,6 @@ func TestExistsRaces(t *testing.T) {
 	}
 }
 
-// A renewal can come between, and after it the holder can die.
-func TestExistsAfterRace(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		unfinishedVersion(f, testVersionName)
-		f.atFirst(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), marked(time.Now().Add(ago/2), "a")) })
-		requireExists(t, s, testVersion, true)
-		require.Equal(t, []string{"list", "patch", "list", "patch"}, logged(f))
-	})
-}
-
 // The answer to the request that finishes a version may be lost.
 func TestExistsFaults(t *testing.T) {
 	for n, op := range []string{"list", "patch"} {
@@ -250,65 +308,11 @@ func TestExistsFaults(t *testing.T) {
 	}
 }
 
-// A refusal that has nothing to do with the conditions is not asked for again
-// and again.
-func TestExistsRefusedForAnotherReason(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		unfinishedVersion(f, testVersionName)
-		s := behind(f, func(r *http.Request) *http.Response {
-			if r.Method == http.MethodPatch {
-				return answer(http.StatusPreconditionFailed, "Public access prevention is enforced.")
-			}
-			return nil
-		})
-		_, err := s.Exists(t.Context(), testModule, testVersion)
-		requireError(t, err, KindUnexpected, "gcs.Exists", testModule, testVersion)
-		require.Contains(t, err.Error(), "Public access prevention")
-	})
-}
-
 // takeOver replaces the .mod of a version that lacks its .zip, and stores a .zip.
 func takeOver(f *fakeGCS, vers string) {
 	v := ModuleVersion{testModule, vers}
 	gen := f.Put(v.object(extMod), []byte("other"), marked(time.Now(), "b"))
 	f.Put(v.object(extZip), []byte("other"), map[string]string{keySaveID: "b", keyGeneration: formatGeneration(gen)})
-}
-
-// The objects of other versions may lie between those of one, by the thousand.
-func TestExistsAmongManyOthers(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		for i := range 1200 {
-			storeFiles(f, testModule, fmt.Sprintf("v1.n%04d", i), extInfo)
-		}
-		storeFiles(f, testModule, "v1", extInfo, extMod)
-		requireExists(t, s, "v1", false)
-		storeFiles(f, testModule, "v1", extZip)
-		requireExists(t, s, "v1", true)
-
-		// A list of several pages is no snapshot: here the version is partial
-		// while the first is read, which ends before the .zip, and another save
-		// has begun when the second is.
-		f.Remove(testModule + "/@v/v1.zip")
-		f.ResetLog()
-		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, "v1") })
-		requireExists(t, s, "v1", false)
-		require.NotNil(t, f.Get(testModule+"/@v/v1.zip"))
-		// And again, since the .zip names another .mod.
-		require.Equal(t, []string{"list", "list", "list", "list", "list", "list"}, logged(f))
-	})
-}
-
-// Nor is a list of few objects, when the server sends less than it is asked for.
-func TestExistsAcrossShortPages(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := behind(f, pageBy("2"))
-		storeFiles(f, testModule, testVersion, extInfo, extMod)
-		// The version is partial while it is read first, then a save begins that
-		// never ends.
-		f.atFirst(func(r *fakegcs.Request) bool { return r.N == 1 }, func() { takeOver(f, testVersion) })
-		storeFiles(f, testModule, testVersion+".x", extInfo)
-		requireExists(t, s, testVersion, false)
-	})
 }
 
 func FuzzMarker(f *testing.F) {
@@ -374,20 +378,6 @@ func FuzzState(f *testing.F) {
 		if !slices.Contains(allowed, got) {
 			t.Errorf("%v, not one of %v", got, allowed)
 		}
-	})
-}
-
-// A .mod of an older Athens says nothing of its save, but .info and .zip beside it do
-// if they name another .mod.
-func TestOldMarkerBesideObjectsOfAnother(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-		// A delete that was cut short.
-		f.Remove(objectName(extMod))
-		// An older Athens began a save there and died.
-		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
-		time.Sleep(time.Hour)
-		requireExists(t, f.storage("b"), testVersion, false)
 	})
 }
 

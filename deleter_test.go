@@ -187,20 +187,18 @@ func TestDeleteDuringSave(t *testing.T) {
 	}
 }
 
-// Between the listing and the request that deletes the .mod, another save takes
-// the version over: that one is deleted instead.
-func TestDeleteTakenOver(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestDeleteRaces(t *testing.T) {
+	// Between the listing and the request that deletes the .mod, another save takes
+	// the version over: that one is deleted instead.
+	run(t, "taken over", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		f.atFirst(on("", "delete", ""), func() { f.Put(objectName(extMod), []byte("other"), marked(time.Now(), "b")) })
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
-}
 
-// Once the .mod is gone, a new save may begin. What it stores is not deleted.
-func TestDeleteSparesSuccessor(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	// Once the .mod is gone, a new save may begin. What it stores is not deleted.
+	run(t, "spares its successor", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		saved := false
 		besideMod := func(r *fakegcs.Request) bool { return on("m", "delete", "")(r) && r.Object != objectName(extMod) }
@@ -208,6 +206,24 @@ func TestDeleteSparesSuccessor(t *testing.T) {
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.True(t, saved)
 		requireExists(t, s, testVersion, true)
+	})
+
+	// A save ends while a delete is between its listing and its first removal. The delete
+	// removes all of it.
+	run(t, "of a committed save", inCrowd, func(t *testing.T, f *fakeGCS) {
+		listed, saved := make(chan struct{}), make(chan struct{})
+		f.before(on("a", "insert", extInfo), func() { <-listed })
+		f.before(on("a", "insert", extZip), func() { <-listed })
+		f.before(on("d", "delete", extMod), func() { <-saved })
+		f.after(first(1, on("d", "list", "")), func() { close(listed) })
+		wait := alongside(func() {
+			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
+			close(saved)
+		})
+		time.Sleep(time.Second)
+		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
+		wait()
+		require.Empty(t, f.Names())
 	})
 }
 
@@ -231,8 +247,8 @@ func TestDeleteBesideClaim(t *testing.T) {
 	}
 }
 
-func TestDeletePermissions(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestDeleteFails(t *testing.T) {
+	run(t, "permissions", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		names := f.Names()
 		f.Deny("storage.objects.delete")
@@ -250,10 +266,8 @@ func TestDeletePermissions(t *testing.T) {
 		require.NotContains(t, err.Error(), "roles/", "no role helps")
 		require.Equal(t, names, f.Names())
 	})
-}
 
-func TestDeleteContext(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "context", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
 		ctx, cancel := context.WithCancel(t.Context())
 		f.after(on("", "list", ""), cancel)
@@ -262,26 +276,6 @@ func TestDeleteContext(t *testing.T) {
 		require.ErrorIs(t, err, context.Canceled)
 		require.Len(t, f.Names(), 3)
 		require.NotContains(t, logged(f)[1:], "list")
-	})
-}
-
-// A save ends while a delete is between its listing and its first removal. The delete
-// removes all of it.
-func TestDeleteOfCommitted(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		listed, saved := make(chan struct{}), make(chan struct{})
-		f.before(on("a", "insert", extInfo), func() { <-listed })
-		f.before(on("a", "insert", extZip), func() { <-listed })
-		f.before(on("d", "delete", extMod), func() { <-saved })
-		f.after(first(1, on("d", "list", "")), func() { close(listed) })
-		wait := alongside(func() {
-			require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-			close(saved)
-		})
-		time.Sleep(time.Second)
-		require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
-		wait()
-		require.Empty(t, f.Names())
 	})
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 func TestReads(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "all", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", []byte("the mod"), strings.NewReader("the zip"), nil, []byte("the info")))
 
 		f.ResetLog()
@@ -41,10 +41,8 @@ func TestReads(t *testing.T) {
 		require.Equal(t, []string{"get m/@v/v1.0.0.info", "get m/@v/v1.0.0.mod", "get m/@v/v1.0.0.zip"}, objects)
 		requireNothingInFlight(t, f)
 	})
-}
 
-func TestReadEmptyFiles(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "empty files", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", nil, strings.NewReader(""), nil, nil))
 		for _, read := range readers {
 			content, err := read(t.Context(), s, "m", "v1.0.0")
@@ -55,6 +53,13 @@ func TestReadEmptyFiles(t *testing.T) {
 		require.NoError(t, err)
 		require.Zero(t, zip.Size())
 		require.NoError(t, zip.Close())
+	})
+
+	// A missing bucket holds no object.
+	run(t, "missing bucket", withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
+		_, err := s.Info(t.Context(), "m", "v1.0.0")
+		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})
 }
 
@@ -149,9 +154,9 @@ func breakFirst(f *fakeGCS, before func()) {
 	})
 }
 
-// A stream that breaks goes on where it was.
-func TestZipBreaks(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestZip(t *testing.T) {
+	// A stream that breaks goes on where it was.
+	run(t, "breaks", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		want := bigZip()
 		f.Put("m/@v/v1.0.0.zip", want, nil)
 		breakFirst(f, func() {})
@@ -165,6 +170,17 @@ func TestZipBreaks(t *testing.T) {
 		log := f.Log()
 		require.Len(t, log, 2)
 		require.Less(t, log[1].Received, int64(len(want)), "the rest is enough")
+		requireNothingInFlight(t, f)
+	})
+
+	// A caller may stop in the middle of a zip.
+	run(t, "closed early", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		f.Put("m/@v/v1.0.0.zip", bigZip(), nil)
+		r, err := s.Zip(t.Context(), "m", "v1.0.0")
+		require.NoError(t, err)
+		_, err = io.ReadFull(r, make([]byte, 10))
+		require.NoError(t, err)
+		require.NoError(t, r.Close())
 		requireNothingInFlight(t, f)
 	})
 }
@@ -202,28 +218,6 @@ func TestZipBreaksForGood(t *testing.T) {
 			}
 		})
 	}
-}
-
-// A caller may stop in the middle of a zip.
-func TestZipClosedEarly(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.Put("m/@v/v1.0.0.zip", bigZip(), nil)
-		r, err := s.Zip(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		_, err = io.ReadFull(r, make([]byte, 10))
-		require.NoError(t, err)
-		require.NoError(t, r.Close())
-		requireNothingInFlight(t, f)
-	})
-}
-
-// A missing bucket holds no object.
-func TestReadMissingBucket(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
-		_, err := s.Info(t.Context(), "m", "v1.0.0")
-		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
-	})
 }
 
 // A zip stream that breaks is asked for again for some minutes, and not for ever.

@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -21,34 +21,20 @@ import (
 // the upload is made again.
 func TestSaveBesideDelete(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
-		deleting, refused, deleted := make(chan struct{}), make(chan struct{}), make(chan struct{})
-		var group sync.WaitGroup
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod):
-				time.Sleep(time.Second) // the listing has shown nothing
-				storeVersion(f, testModule, testVersion)
-				group.Go(func() { require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion)) })
-				<-deleting
-			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extZip):
-				close(deleting)
-				<-refused
-			case r.Machine == "a" && r.Op == "attrs" && r.Object == objectName(extZip):
-				<-deleted
-			}
-			return fakegcs.NoFault
+		a, deleting, refused, deleted := contentOf("a", 100), make(chan struct{}), make(chan struct{}), make(chan struct{})
+		var wait func()
+		f.before(on("a", "insert", extMod), func() {
+			time.Sleep(time.Second) // the listing has shown nothing
+			storeVersion(f, testModule, testVersion)
+			wait = alongside(func() { require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion)) })
+			<-deleting
 		})
-		f.onAnswer(func(r *fakegcs.Request) {
-			switch {
-			case r.Machine == "a" && r.Object == objectName(extZip) && r.Status == 412:
-				close(refused)
-			case r.Machine == "d" && r.Op == "delete" && r.Object == objectName(extZip):
-				close(deleted)
-			}
-		})
+		f.before(on("d", "delete", extZip), func() { close(deleting); <-refused })
+		f.before(on("a", "attrs", extZip), func() { <-deleted })
+		f.after(func(r *fakegcs.Request) bool { return on("a", "", extZip)(r) && r.Status == 412 }, func() { close(refused) })
+		f.after(on("d", "delete", extZip), func() { close(deleted) })
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
-		group.Wait()
+		wait()
 		requireStored(t, f, a)
 		<-refused // or the schedule was another
 	})
@@ -59,10 +45,9 @@ func TestLateCreateOfCancelledSave(t *testing.T) {
 	forNamed(t, inCrowd, map[string]matcher{
 		"before the give-up looks":  on("", "attrs", ""),
 		"before the give-up writes": givesUp,
-		"after the save":            func(*fakegcs.Request) bool { return false },
+		"after the save":            first(0, givesUp),
 	}, func(t *testing.T, f *fakeGCS, lands matcher) {
-		creates := on("", "insert", extMod)
-		f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return creates(r) && !givesUp(r) })
+		f.fault(fakegcs.Stray, but(on("", "insert", extMod), givesUp))
 		f.before(lands, func() { f.Land() })
 		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
 		f.Land()
@@ -70,11 +55,11 @@ func TestLateCreateOfCancelledSave(t *testing.T) {
 	})
 }
 
-// A create can still arrive when the save has gone on to take over, and the takeover be
-// refused because it has arrived.
-func TestLateCreateBeforeTakeover(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		leave(f, nil, extInfo, extMod, extZip)
+func TestLateCreate(t *testing.T) {
+	// A create can still arrive when the save has gone on to take over, and the takeover be
+	// refused because it has arrived.
+	run(t, "before a takeover", inCrowd, func(t *testing.T, f *fakeGCS) {
+		leave(f, nil, allExts...)
 		ctx, cancel := context.WithCancel(t.Context())
 		var creates atomic.Int32
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
@@ -88,11 +73,9 @@ func TestLateCreateBeforeTakeover(t *testing.T) {
 			}
 			return fakegcs.NoFault
 		})
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Op == "insert" && creates.Load() == 2 {
-				for _, ext := range []string{extMod, extInfo, extZip} {
-					f.Remove(objectName(ext))
-				}
+		f.after(on("", "insert", ""), func() {
+			if creates.Load() == 2 {
+				removeVersion(f, testVersionName)
 			}
 		})
 		require.ErrorIs(t, contentOf("a", 100).save(ctx, f.storage("a")), context.Canceled)
@@ -100,13 +83,10 @@ func TestLateCreateBeforeTakeover(t *testing.T) {
 		f.onRequest(nil)
 		requireSavableAtOnce(t, f)
 	})
-}
 
-// So does a claim whose holder could not reach the bucket.
-func TestLateCreateOfFailedClaim(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		claims := on("", "insert", extClaim)
-		f.fault(fakegcs.StrayReset, func(r *fakegcs.Request) bool { return claims(r) && !givesUp(r) })
+	// So does a claim whose holder could not reach the bucket.
+	run(t, "of a failed claim", inFleet, func(t *testing.T, f *fakeGCS) {
+		f.fault(fakegcs.StrayReset, but(on("", "insert", extClaim), givesUp))
 		next := answering(testVersion, nil)
 		_, err := f.storage("a").SingleFlight(next).Stash(t.Context(), testModule, testVersion)
 		requireKind(t, err, KindUnexpected)
@@ -114,276 +94,41 @@ func TestLateCreateOfFailedClaim(t *testing.T) {
 		f.LandOne(len(f.Strays()) - 1) // the others are stale
 		require.Less(t, timeOf(func() { requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion) }), time.Second)
 	})
-}
 
-// A renewal that failed may have been applied, and just now. The commit keeps its
-// distance.
-func TestCommitAfterFailedRenewal(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		failed := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
-				if failed++; failed == 1 {
-					return fakegcs.Hung
-				}
-				time.Sleep(requestTimeout - 200*time.Millisecond)
-				return fakegcs.HungApplied
-			}
-			return fakegcs.NoFault
-		})
-		a := contentOf("a", 100)
-		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+4*time.Second))
-		require.Equal(t, 2, failed) // tries of one renewal
-		requireStored(t, f, a)
-	})
-}
-
-// A save fails, and finds when it gives up that another has finished it: all of it
-// is stored, so it has not failed.
-func TestGiveUpOfFinished(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
-		f.fault(fakegcs.HungApplied, on("a", "", extZip))
-		ctx := within(t, 2*time.Second)
-		time.AfterFunc(time.Second, func() { requireExists(t, ahead(f, "e"), testVersion, true) })
-		require.NoError(t, a.save(ctx, f.storage("a")))
-		require.Error(t, ctx.Err())
-		requireStored(t, f, a)
-	})
-}
-
-// A marker that is cleared says nothing of a zip that could not be read.
-func TestGiveUpOfClearedWithoutZip(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		broken := errors.New("broken")
-		time.AfterFunc(500*time.Millisecond, func() { f.SetMetadata(objectName(extMod), nil) })
-		err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a"), sleepReader(time.Second), iotest.ErrReader(broken))
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, broken)
-		requireSavableAtOnce(t, f)
-	})
-}
-
-// If only the commit failed, the next save makes it up.
-func TestNextSaveCommits(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a, b := contentOf("a", 100), contentOf("b", 100)
-		f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" && !givesUp(r) })
-		requireKind(t, a.save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
-		f.onRequest(nil)
-		require.Less(t, timeOf(func() { requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists) }), time.Second)
-		requireStored(t, f, a)
-	})
-}
-
-// fence lets b take the version over from a, whose clock is an hour ahead, so that
-// b's marker looks stale to a. It calls save for b, and returns when a's
-// save returned, and what.
-func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (at time.Time, err error) {
-	t.Helper()
-	machine, b := f.Machine("a"), f.Machine("b")
-	s := NewStorage(machine.Bucket)
-	s.now = func() time.Time { return time.Now().Add(time.Hour) }
-	var sleep sync.Once
-	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		if r.Machine == "a" && r.Object == objectName(extZip) {
-			sleep.Do(machine.Pause)
-		}
-		return fakegcs.NoFault
-	})
-	f.onAnswer(func(r *fakegcs.Request) {
-		if r.Machine == "b" && r.Object == objectName(extMod) && r.Op == "insert" && r.Applied {
-			machine.Resume()
-		}
-	})
-	wait := alongside(func() {
-		err = a.save(t.Context(), s)
-		at = time.Now()
-	})
-	time.Sleep(time.Second)
-	save(b)
-	wait()
-	return at, err
-}
-
-// A save that was fenced believes a marker that looks stale while it changes: the
-// other renews it.
-func TestFencedIsPatient(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a, b := contentOf("a", 100), contentOf("b", 100)
-		_, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			require.NoError(t, b.saveSlowly(t.Context(), NewStorage(m.Bucket), 10*time.Minute))
-		})
-		requireKind(t, err, KindAlreadyExists)
-		requireStored(t, f, b)
-	})
-}
-
-// Its patience ends a threshold after the last change.
-func TestFencedByCrashed(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
-		var crashed time.Time
-		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
-			time.AfterFunc(10*time.Minute, m.Crash)
-			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), NewStorage(m.Bucket), sleepReader(15*time.Minute)))
-		})
-		requireFenced(t, err)
-		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
-		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
-	})
-}
-
-// The same if the marker of the crashed save looks fresh at first: it does not wait
-// for a second threshold after that.
-func TestFencedWaitsOnce(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.tolerate()
-		a := contentOf("a", 100)
-		var crashed time.Time
-		time.AfterFunc(10*time.Second, func() {
-			crashed = time.Now()
-			f.Put(objectName(extMod), nil, marked(crashed, "b"))
-		})
-		requireFenced(t, a.saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
-		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
-		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
-	})
-}
-
-// A saver far away, one of whose renewals had no answer, keeps its marker fresh.
-func TestRenewalsOverSlowLine(t *testing.T) {
-	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
-		t.Run(trip.String(), func(t *testing.T) {
-			bubble(t, trip, func(t *testing.T, f *fakeGCS) {
-				f.fault(fakegcs.HungApplied, first(1, on("", "patch", "")))
-				var group sync.WaitGroup
-				defer group.Wait()
-				group.Go(func() {
-					require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
-				})
-				time.Sleep(20 * time.Second)
-				requireKind(t, contentOf("b", 100).save(t.Context(), f.storage("b")), KindAlreadyExists)
-			})
-		})
-	}
-}
-
-// A renewal that takes longer than the time to the next is not followed at once by it.
-func TestRenewalsAreNotTooFast(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.atFirst(on("", "patch", ""), func() { time.Sleep(1900 * time.Millisecond) })
-		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
-	})
-}
-
-// It has none with a marker that was given up.
-func TestFencedByFailed(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 100)
-		var failed time.Time
-		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
-			require.ErrorIs(t, contentOf("b", 100).saveHalf(t.Context(), NewStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF)), io.ErrUnexpectedEOF)
-			failed = time.Now()
-		})
-		requireFenced(t, err)
-		require.Less(t, at.Sub(failed), 3*time.Second)
-	})
-}
-
-// A create that is forbidden leaves nothing that could arrive later.
-func TestSaveForbidden(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.Deny("storage.objects.create")
-		var l syncedLog
-		err := contentOf("a", 100).save(t.Context(), f.storage("a", l.option()))
-		require.Error(t, err)
-		require.Empty(t, l.lines(slog.LevelWarn))
-		require.Empty(t, f.Names())
-		require.Len(t, f.Log(), 1)
-	})
-}
-
-// A create that arrives late, during a save whose .mod somebody has deleted, is given
-// up with the save.
-func TestLateCreateDuringSave(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+	// During a save whose .mod somebody has deleted, it is given up with the save.
+	run(t, "during a save", inCrowd, func(t *testing.T, f *fakeGCS) {
 		f.tolerate()
 		f.fault(fakegcs.StrayReset, first(1, on("", "", extMod)))
 		ctx := within(t, 10*time.Second)
-		time.AfterFunc(5*time.Second, func() {
-			f.Remove(objectName(extMod))
-			f.Land()
-		})
+		time.AfterFunc(5*time.Second, func() { f.Remove(objectName(extMod)); f.Land() })
 		require.Error(t, contentOf("a", 100).saveSlowly(ctx, f.storage("a"), time.Minute))
-		start := time.Now()
 		b := contentOf("b", 100)
-		require.NoError(t, b.save(t.Context(), f.storage("b")))
-		require.Less(t, time.Since(start), time.Second)
+		require.Less(t, timeOf(func() { require.NoError(t, b.save(t.Context(), f.storage("b"))) }), time.Second)
 		requireStored(t, f, b)
 	})
-}
 
-// A late create that is recovered finds what it found when it was sent: nothing.
-func TestRecoveredCreateHealsNothing(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+	// When it is recovered, it finds what it found when it was sent: nothing.
+	run(t, "heals nothing", inCrowd, func(t *testing.T, f *fakeGCS) {
 		var l syncedLog
 		f.Put(objectName(extMod), nil, marked(time.Now(), "x"))
 		f.fault(fakegcs.StrayReset, first(1, on("", "insert", extMod)))
-		time.AfterFunc(5*time.Second, func() {
-			f.Remove(objectName(extMod)) // a delete
-			f.Land()
-		})
+		time.AfterFunc(5*time.Second, func() { f.Remove(objectName(extMod)); f.Land() }) // a delete
 		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", l.option())))
 		require.NotContains(t, l.String(), "in progress")
 		require.NotContains(t, l.String(), "healed")
 	})
 }
 
-// A renewal that finds the marker cleared does not stop the save: somebody has
-// finished it.
-func TestRenewalOfFinished(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a, w := contentOf("a", 100), watch(t)
-		f.after(on("a", "insert", extZip), func() {
-			time.Sleep(time.Second) // until the .info is there
-			requireExists(t, ahead(f, "e"), testVersion, true)
-			time.Sleep(4 * time.Second)
-		})
-		require.NoError(t, a.save(t.Context(), f.storage("a", WithStaleThreshold(8*time.Second))))
-		requireStored(t, f, a)
-		require.Zero(t, w.renewalsFailed())
-	})
-}
-
-// A save that is deleted while its zip trickles in ends at the next renewal.
-func TestRenewalOfFenced(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 1200)
-		rest := bytes.NewReader(a.zip)
-		time.AfterFunc(10*time.Minute, func() { f.Remove(objectName(extMod)) })
-		start := time.Now()
-		requireFenced(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), readFunc(func(p []byte) (int, error) {
-			time.Sleep(time.Second)
-			return rest.Read(p[:1])
-		})))
-		require.InDelta(t, 10*60, time.Since(start).Seconds(), DefaultStaleThreshold.Seconds()/renewals+1)
-	})
-}
-
 // Giving up costs one request, is over in time, and says nothing if another has the
 // version.
 func TestGiveUp(t *testing.T) {
-	for name, hook := range map[string]func(f *fakeGCS){
-		"costs": func(f *fakeGCS) {},
-		"hangs": func(f *fakeGCS) {
-			f.fault(fakegcs.Hung, on("", "patch", ""))
-		},
+	for name, happens := range map[string]func(f *fakeGCS){
+		"costs":  func(f *fakeGCS) {},
+		"hangs":  func(f *fakeGCS) { f.fault(fakegcs.Hung, on("", "patch", "")) },
 		"fenced": func(f *fakeGCS) { f.Remove(objectName(extMod)) },
 	} {
 		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
-			time.AfterFunc(500*time.Millisecond, func() { hook(f) })
+			time.AfterFunc(500*time.Millisecond, func() { happens(f) })
 			var log syncedLog
 			start := time.Now()
 			err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a", log.option()), sleepReader(time.Second), iotest.ErrReader(io.ErrUnexpectedEOF))
@@ -397,15 +142,277 @@ func TestGiveUp(t *testing.T) {
 			}
 		})
 	}
-}
 
-// A commit that finds the marker cleared is done: nothing is given up.
-func TestCommitOfFinished(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+	// A save fails, and finds when it gives up that another has finished it: all of it
+	// is stored, so it has not failed.
+	run(t, "finished", inCrowd, func(t *testing.T, f *fakeGCS) {
+		a, ctx := contentOf("a", 100), within(t, 2*time.Second)
+		f.fault(fakegcs.HungApplied, on("a", "", extZip))
+		time.AfterFunc(time.Second, func() { requireExists(t, ahead(f, "e"), testVersion, true) })
+		require.NoError(t, a.save(ctx, f.storage("a")))
+		require.Error(t, ctx.Err())
+		requireStored(t, f, a)
+	})
+
+	// A marker that is cleared says nothing of a zip that could not be read.
+	run(t, "cleared without zip", inCrowd, func(t *testing.T, f *fakeGCS) {
+		broken := errors.New("broken")
+		time.AfterFunc(500*time.Millisecond, func() { f.SetMetadata(objectName(extMod), nil) })
+		err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a"), sleepReader(time.Second), iotest.ErrReader(broken))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, broken)
+		requireSavableAtOnce(t, f)
+	})
+
+	// If only the commit failed, the next save makes it up.
+	run(t, "after the commit", inCrowd, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		f.fault(fakegcs.Hung, but(on("", "patch", ""), givesUp))
+		requireKind(t, a.save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
+		f.onRequest(nil)
+		require.Less(t, timeOf(func() { requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists) }), time.Second)
+		requireStored(t, f, a)
+	})
+
+	// A commit that finds the marker cleared is done: nothing is given up.
+	run(t, "not after the commit", inCrowd, func(t *testing.T, f *fakeGCS) {
 		f.before(on("", "patch", ""), func() { f.SetMetadata(objectName(extMod), nil) })
 		a := contentOf("a", 100)
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		require.Len(t, f.Log(), 5, "4, and the .mod is read")
 		requireStored(t, f, a)
+	})
+
+	// A create that is forbidden leaves nothing that could arrive later.
+	run(t, "forbidden", inCrowd, func(t *testing.T, f *fakeGCS) {
+		f.Deny("storage.objects.create")
+		var l syncedLog
+		require.Error(t, contentOf("a", 100).save(t.Context(), f.storage("a", l.option())))
+		require.Empty(t, l.lines(slog.LevelWarn))
+		require.Empty(t, f.Names())
+		require.Len(t, f.Log(), 1)
+	})
+}
+
+// fence lets b take the version over from a, whose clock is an hour ahead, so that
+// b's marker looks stale to a. It calls save for b, and returns when a's
+// save returned, and what.
+func fence(t *testing.T, f *fakeGCS, save func(b *fakegcs.Machine)) (at time.Time, err error) {
+	t.Helper()
+	machine, b := f.Machine("a"), f.Machine("b")
+	s := NewStorage(machine.Bucket)
+	s.now = func() time.Time { return time.Now().Add(time.Hour) }
+	f.atFirst(on("a", "", extZip), machine.Pause)
+	f.after(applied(on("b", "insert", extMod)), machine.Resume)
+	wait := alongside(func() {
+		err = contentOf("a", 100).save(t.Context(), s)
+		at = time.Now()
+	})
+	time.Sleep(time.Second)
+	save(b)
+	wait()
+	return at, err
+}
+
+func TestFenced(t *testing.T) {
+	// A save that was fenced believes a marker that looks stale while it changes: the
+	// other renews it.
+	run(t, "is patient", inCrowd, func(t *testing.T, f *fakeGCS) {
+		b := contentOf("b", 100)
+		_, err := fence(t, f, func(m *fakegcs.Machine) {
+			require.NoError(t, b.saveSlowly(t.Context(), NewStorage(m.Bucket), 10*time.Minute))
+		})
+		requireKind(t, err, KindAlreadyExists)
+		requireStored(t, f, b)
+	})
+
+	// Its patience ends a threshold after the last change.
+	run(t, "by one that crashed", inCrowd, func(t *testing.T, f *fakeGCS) {
+		var crashed time.Time
+		at, err := fence(t, f, func(m *fakegcs.Machine) {
+			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
+			time.AfterFunc(10*time.Minute, m.Crash)
+			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), NewStorage(m.Bucket), sleepReader(15*time.Minute)))
+		})
+		requireFenced(t, err)
+		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
+		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
+	})
+
+	// The same if the marker of the crashed save looks fresh at first: it does not wait
+	// for a second threshold after that.
+	run(t, "waits once", inCrowd, func(t *testing.T, f *fakeGCS) {
+		f.tolerate()
+		var crashed time.Time
+		time.AfterFunc(10*time.Second, func() {
+			crashed = time.Now()
+			f.Put(objectName(extMod), nil, marked(crashed, "b"))
+		})
+		requireFenced(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
+		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
+		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
+	})
+
+	// It has none with a marker that was given up.
+	run(t, "by one that failed", inCrowd, func(t *testing.T, f *fakeGCS) {
+		var failed time.Time
+		at, err := fence(t, f, func(m *fakegcs.Machine) {
+			err := contentOf("b", 100).saveHalf(t.Context(), NewStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
+			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+			failed = time.Now()
+		})
+		requireFenced(t, err)
+		require.Less(t, at.Sub(failed), 3*time.Second)
+	})
+}
+
+func TestRenewals(t *testing.T) {
+	// A saver far away, one of whose renewals had no answer, keeps its marker fresh.
+	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
+		run(t, "over a slow line "+trip.String(), inCrowd, func(t *testing.T, f *fakeGCS) {
+			f.SetLatency(trip)
+			f.fault(fakegcs.HungApplied, first(1, on("", "patch", "")))
+			defer alongside(func() {
+				require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
+			})()
+			time.Sleep(20 * time.Second)
+			requireKind(t, contentOf("b", 100).save(t.Context(), f.storage("b")), KindAlreadyExists)
+		})
+	}
+
+	// A renewal that takes longer than the time to the next is not followed at once by it.
+	run(t, "are not too fast", inBubble, func(t *testing.T, f *fakeGCS) {
+		f.atFirst(on("", "patch", ""), func() { time.Sleep(1900 * time.Millisecond) })
+		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
+	})
+
+	// A renewal that finds the marker cleared does not stop the save: somebody has
+	// finished it.
+	run(t, "of a finished version", inCrowd, func(t *testing.T, f *fakeGCS) {
+		a, w := contentOf("a", 100), watch(t)
+		f.after(on("a", "insert", extZip), func() {
+			time.Sleep(time.Second) // until the .info is there
+			requireExists(t, ahead(f, "e"), testVersion, true)
+			time.Sleep(4 * time.Second)
+		})
+		require.NoError(t, a.save(t.Context(), f.storage("a", WithStaleThreshold(8*time.Second))))
+		requireStored(t, f, a)
+		require.Zero(t, w.renewalsFailed())
+	})
+
+	// A save that is deleted while its zip trickles in ends at the next renewal.
+	run(t, "of a fenced save", inCrowd, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 1200)
+		rest := bytes.NewReader(a.zip)
+		time.AfterFunc(10*time.Minute, func() { f.Remove(objectName(extMod)) })
+		start := time.Now()
+		requireFenced(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), readFunc(func(p []byte) (int, error) {
+			time.Sleep(time.Second)
+			return rest.Read(p[:1])
+		})))
+		require.InDelta(t, 10*60, time.Since(start).Seconds(), DefaultStaleThreshold.Seconds()/renewals+1)
+	})
+
+	// A renewal that failed may have been applied, and just now. The commit keeps its
+	// distance.
+	run(t, "and the commit after", inBubble, func(t *testing.T, f *fakeGCS) {
+		renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && r.Metadata[keyInProgress] != "" }
+		f.fault(fakegcs.HungApplied, renews)
+		f.before(renews, func() { time.Sleep(requestTimeout - 200*time.Millisecond) })
+		f.fault(fakegcs.Hung, first(1, renews))
+		a := contentOf("a", 100)
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+4*time.Second))
+		require.Equal(t, 2, f.count(renews)) // tries of one renewal
+		requireStored(t, f, a)
+	})
+}
+
+// inSharedRate is inFleet for a bucket in which creates, updates and deletes of an
+// object share a rate of one a second.
+func inSharedRate(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
+	t.Helper()
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.EnforceRates(true)
+		f.ShareRates(true)
+		test(t, f)
+	})
+}
+
+// saveBroken saves from a reader that fails when a chunk is sent.
+func (c content) saveBroken(t *testing.T, s *Storage) {
+	t.Helper()
+	err := c.saveFrom(t.Context(), s, io.MultiReader(bytes.NewReader(make([]byte, 2<<20)), iotest.ErrReader(io.ErrClosedPipe)))
+	require.ErrorIs(t, err, io.ErrClosedPipe)
+}
+
+// A rate that all changes of an object share costs a call a second, and a request or two.
+func TestSharedRateCosts(t *testing.T) {
+	a := contentOf("a", 100)
+	for name, call := range map[string]func(t *testing.T, f *fakeGCS, s *Storage){
+		"new": func(t *testing.T, _ *fakeGCS, s *Storage) { require.NoError(t, a.save(t.Context(), s)) },
+		"large": func(t *testing.T, _ *fakeGCS, s *Storage) {
+			require.NoError(t, contentOf("a", 2<<20).save(t.Context(), s))
+		},
+		"renewed": func(t *testing.T, _ *fakeGCS, s *Storage) {
+			s.SetStaleThreshold(4 * time.Second)
+			require.NoError(t, a.saveSlowly(t.Context(), s, 10*time.Second))
+		},
+		"taken over": func(t *testing.T, f *fakeGCS, s *Storage) {
+			leave(f, marked(givenUp, "old"), extMod, extZip)
+			require.NoError(t, a.save(t.Context(), s))
+		},
+		"given up": func(t *testing.T, f *fakeGCS, s *Storage) { a.saveBroken(t, s) },
+		"flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
+			_, err := newReplica(f, &origin{}, "a").Stash(t.Context(), testModule, testVersion)
+			require.NoError(t, err)
+		},
+		"failed flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
+			_, err := newReplica(f, &origin{fail: func(int) bool { return true }}, "a").Stash(t.Context(), testModule, testVersion)
+			require.ErrorIs(t, err, errGone)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cost := func(in arena) (took time.Duration, requests int) {
+				in(t, func(t *testing.T, f *fakeGCS) {
+					s, start := f.storage("a"), time.Now()
+					call(t, f, s)
+					took, requests = time.Since(start), len(f.Log())
+				})
+				return took, requests
+			}
+			usually, requests := cost(inFleet)
+			took, n := cost(inSharedRate)
+			require.LessOrEqual(t, took, usually+1500*time.Millisecond)
+			require.LessOrEqual(t, n, requests+2)
+		})
+	}
+}
+
+// With a shared rate, too, one of those who race stores the version, and who comes after
+// a save that failed does not wait for its marker.
+func TestSharedRateRaces(t *testing.T) {
+	inSharedRate(t, func(t *testing.T, f *fakeGCS) {
+		contentOf("broken", 100).saveBroken(t, f.storage("broken"))
+		start := time.Now()
+		requireOneWinner(t, f, 5, func(i int) (content, error) {
+			c := contentOf(fmt.Sprint(i), 100)
+			return c, c.save(t.Context(), f.storage(fmt.Sprint(i)))
+		})
+		require.Less(t, time.Since(start), 5*time.Second)
+		require.NoError(t, f.storage("a").Delete(t.Context(), testModule, testVersion))
+		require.Empty(t, f.Names())
+	})
+	forNamed(t, inSharedRate, map[string]int{"whose first fetch fails": 1, "whose fetches fail": 100}, func(t *testing.T, f *fakeGCS, failing int) {
+		o := &origin{takes: 100 * time.Millisecond, fail: func(n int) bool { return n <= failing }}
+		errs, took := stashAll(t, newFleet(f, o, 4), 10*time.Millisecond)
+		require.Less(t, took, 5*time.Second)
+		require.ErrorIs(t, errs[0], errGone)
+		for _, err := range errs[1:] {
+			if failing == 1 {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, errGone)
+			}
+		}
 	})
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-func TestListNeighbours(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestList(t *testing.T) {
+	run(t, "neighbours", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		modules := []string{
 			"example.com", "example.com/m", "example.com/m-other", "example.com/m/v2", "example.com/m/v2/sub",
 			"example.com/mm", "example.com/M", "example.com/m@v", "other.com/example.com/m",
@@ -30,10 +30,8 @@ func TestListNeighbours(t *testing.T) {
 			requireList(t, s, module)
 		}
 	})
-}
 
-func TestListOnlyComplete(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	run(t, "only complete", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		requireList(t, s, "m")
 
 		for subset := range 8 {
@@ -49,6 +47,36 @@ func TestListOnlyComplete(t *testing.T) {
 		requireList(t, s, "m", "v1.7.0", "v4.0.0")
 		require.Empty(t, f.Get("m/@v/v4.0.0.mod").Metadata)
 		requireList(t, s, "m", "v1.7.0", "v4.0.0")
+	})
+
+	// Where one version's name goes on as another's has its ending, the objects of
+	// the two interleave. The order is that of the .zip objects.
+	run(t, "interleaved", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
+		storeFiles(f, testModule, "v1.k", extInfo, extZip)
+		all := []string{"v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip"}
+		requireList(t, s, testModule, all...)
+		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
+			f.ResetLog()
+			requireExists(t, s, vers, true)
+			require.Len(t, f.Log(), 1)
+		}
+		for _, vers := range []string{"v1", "v1.j"} { // copied
+			f.SetMetadata(ModuleVersion{testModule, vers}.object(extInfo), map[string]string{keyGeneration: "1"})
+		}
+		f.ResetLog()
+		requireList(t, s, testModule, all...)
+		require.Len(t, f.Log(), 2)
+	})
+
+	// Access lists are most of what a list sends, unless they are not asked for.
+	run(t, "is narrow", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		for i := range 300 {
+			storeVersion(f, "m", fmt.Sprintf("v1.%03d.0", i))
+		}
+		_, err := s.List(t.Context(), "m")
+		require.NoError(t, err)
+		require.Less(t, f.Log()[0].Received/900, int64(300), "bytes for each object")
 	})
 }
 
@@ -71,28 +99,6 @@ func TestListRequests(t *testing.T) {
 			require.Equal(t, slices.Repeat([]string{"list"}, max((objects+998)/999, 1)), logged(f))
 		})
 	}
-}
-
-// Where one version's name goes on as another's has its ending, the objects of
-// the two interleave. The order is that of the .zip objects.
-func TestListInterleaved(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, testModule, "v1", "v1.j", "v1.z", "v1.zip", "v1.info", "v1.mod", "v1.mod.j", "v1.0.0", "v1.0.0-rc.1")
-		storeFiles(f, testModule, "v1.k", extInfo, extZip)
-		all := []string{"v1.0.0-rc.1", "v1.0.0", "v1.info", "v1.j", "v1.mod.j", "v1.mod", "v1.z", "v1", "v1.zip"}
-		requireList(t, s, testModule, all...)
-		for _, vers := range []string{"v1", "v1.j", "v1.z", "v1.info", "v1.mod", "v1.zip"} {
-			f.ResetLog()
-			requireExists(t, s, vers, true)
-			require.Len(t, f.Log(), 1)
-		}
-		for _, vers := range []string{"v1", "v1.j"} { // copied
-			f.SetMetadata(ModuleVersion{testModule, vers}.object(extInfo), map[string]string{keyGeneration: "1"})
-		}
-		f.ResetLog()
-		requireList(t, s, testModule, all...)
-		require.Len(t, f.Log(), 2)
-	})
 }
 
 // A list of several pages is no snapshot: what is seen of a version on one page
@@ -174,16 +180,4 @@ func TestListFaults(t *testing.T) {
 			requireList(t, s, "m", want...)
 		})
 	}
-}
-
-// Access lists are most of what a list sends, unless they are not asked for.
-func TestListIsNarrow(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		for i := range 300 {
-			storeVersion(f, "m", fmt.Sprintf("v1.%03d.0", i))
-		}
-		_, err := s.List(t.Context(), "m")
-		require.NoError(t, err)
-		require.Less(t, f.Log()[0].Received/900, int64(300), "bytes for each object")
-	})
 }

@@ -157,10 +157,10 @@ func testScan(t *testing.T, module string, short bool) {
 	})
 }
 
-// Scan knows nothing of other objects and, for one module, of other modules. Of
-// versions whose names interleave it tells in the order of their zips.
-func TestScanOthers(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+func TestScan(t *testing.T) {
+	// Scan knows nothing of other objects and, for one module, of other modules. Of
+	// versions whose names interleave it tells in the order of their zips.
+	run(t, "others", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		for _, name := range []string{"README", testModule + "/@v/list", testModule + "/@v/v1.txt", testModule + "/@latest", "a/@v/b/v1.zip"} {
 			f.Put(name, nil, nil)
 		}
@@ -179,11 +179,9 @@ func TestScanOthers(t *testing.T) {
 		require.Equal(t, slices.Concat([]string{testModule + "-other@v1.0.0"}, own, []string{testModule + "/v2@v2.0.0"}), names(""))
 		require.Len(t, f.Log(), 3)
 	})
-}
 
-// Scan makes no request for what its caller does not want any more.
-func TestScanStops(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+	// Scan makes no request for what its caller does not want any more.
+	run(t, "stops", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeFiles(f, testModule, "v1.0.0", extInfo)
 		storeFiles(f, testModule, "v2.0.0", extInfo)
 		for range s.Scan(t.Context(), "") {
@@ -192,6 +190,16 @@ func TestScanStops(t *testing.T) {
 		require.Len(t, f.Log(), 2)
 		synctest.Wait()
 		requireNothingInFlight(t, f)
+	})
+
+	// A version that is deleted between its page and the look at it is not yielded.
+	run(t, "deleted", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		storeFiles(f, testModule, testVersion, extInfo)
+		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
+		for status, err := range s.Scan(t.Context(), testModule) {
+			require.NoError(t, err)
+			t.Errorf("%+v", status)
+		}
 	})
 }
 
@@ -366,16 +374,4 @@ func TestVersionStatusJSON(t *testing.T) {
 	require.Error(t, json.Unmarshal([]byte(`{"state": "whole"}`), &back))
 	require.Equal(t, "State(6)", (Complete + 1).String())
 	require.Equal(t, "State(-1)", State(-1).String())
-}
-
-// A version that is deleted between its page and the look at it is not yielded.
-func TestScanOfDeleted(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeFiles(f, testModule, testVersion, extInfo)
-		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
-		for status, err := range s.Scan(t.Context(), testModule) {
-			require.NoError(t, err)
-			t.Errorf("%+v", status)
-		}
-	})
 }

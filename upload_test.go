@@ -65,9 +65,9 @@ func TestSaveOfReaderWithoutProgress(t *testing.T) {
 	})
 }
 
-// A reader that returns nothing now and then makes progress.
-func TestSaveOfHesitantReader(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+func TestSaveOfReader(t *testing.T) {
+	// A reader that returns nothing now and then makes progress.
+	run(t, "hesitant", inCrowd, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 1000)
 		zip, reads := bytes.NewReader(a.zip), 0
 		hesitant := readFunc(func(p []byte) (int, error) {
@@ -77,6 +77,16 @@ func TestSaveOfHesitantReader(t *testing.T) {
 			return zip.Read(p[:min(len(p), 100)])
 		})
 		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), hesitant))
+		requireStored(t, f, a)
+	})
+
+	// A reader that is slow when a zip is sent for the second time is no hang.
+	run(t, "slow in its second pass", inCrowd, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 3*faultChunk-1)
+		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
+		zip := &pausing{Reader: bytes.NewReader(a.zip)}
+		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
+		require.Equal(t, 2, f.count(on("", "start", "")))
 		requireStored(t, f, a)
 	})
 }
@@ -220,18 +230,6 @@ func (p *pausing) Read(b []byte) (int, error) {
 	time.Sleep(p.pause)
 	p.pause = 0
 	return p.Reader.Read(b)
-}
-
-// A reader that is slow when a zip is sent for the second time is no hang.
-func TestSlowReaderOfSecondPass(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 3*faultChunk-1)
-		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
-		zip := &pausing{Reader: bytes.NewReader(a.zip)}
-		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
-		require.Equal(t, 2, f.count(on("", "start", "")))
-		requireStored(t, f, a)
-	})
 }
 
 // The session of an upload in chunks can be lost. The upload is made again.
