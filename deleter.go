@@ -10,13 +10,13 @@ import (
 
 var errNothing error = kindError{KindNotFound, errors.New("none of the version's objects exists")}
 
-// Delete removes the version, or what there is of it. It is KindNotFound when there
-// is nothing.
+// Delete removes the version, or what there is of it. If nothing is there, the error is
+// KindNotFound.
 //
 // The .mod goes first: from then on the version does not exist, and a save that was
-// under way cannot complete it (it starts over if it can; see [Storage.Save]). What is
-// left if Delete is cut short, or fails, is replaced by the next Save and removed by
-// the next Delete. A claim of a single flight is not removed.
+// under way is fenced (see [Storage.Save]). What is left if Delete is cut short, or
+// fails, is replaced by the next Save and removed by the next Delete. A claim of a single
+// flight is not removed.
 //
 // It makes up to 4 requests, 3 of them one after another. It is safe for concurrent
 // use.

@@ -18,7 +18,7 @@
 // The state of a version follows from one listing of its objects. The marker is the
 // key in-progress in the metadata of the .mod. Its value is the time at which the
 // saver last renewed it. A marker is fresh while that time is less than the stale
-// threshold away (2 minutes, see [WithStaleThreshold]), and else it is stale. To
+// threshold away (2 minutes, see [WithStaleThreshold]); otherwise it is stale. To
 // commit is to remove the marker.
 //
 //	state        marker  objects         who moves it, and to which state
@@ -29,12 +29,13 @@
 //	Abandoned    stale   one is missing, Save takes over: InProgress
 //	                     or of another   Repair removes it: Absent
 //	                     save
-//	Unfinished   stale   all, of one     Save, Exists, List, Catalog, Repair commit: Complete
-//	                     save
+//	Unfinished   stale   all, of one     Save, Exists, List, Catalog, Repair and a flight
+//	                     save            commit: Complete
 //	Partial      none    one is missing  Save takes over: InProgress; Repair removes it: Absent
 //	Complete     none    all             nobody but Delete
 //
-// Delete moves every state to Absent, through Partial.
+// Delete moves every state to Absent, through Partial. Three objects of different saves
+// without a marker are Complete, since those of a copied bucket look the same.
 //
 // # The protocol
 //
@@ -42,32 +43,39 @@
 // metageneration, which each update of its metadata increments. A request can be
 // conditional on both, and is refused if they have moved. The .mod of a version is a
 // register with compare-and-swap: whoever wrote its live generation holds the
-// version. A save
+// version. A save reads the zip, or the first MiB of a large one. Then it
 //
-//  1. creates the .mod, with a marker and a random save id in its metadata. At the
-//     same time it lists the version.
-//  2. uploads .zip and .info, which carry the save id and the generation of the .mod,
-//     each over what was listed or if absent. Meanwhile it renews the marker.
+//  1. creates the .mod, if there is none, with a marker and a random save id in its
+//     metadata. It lists the version only if GCS refuses.
+//  2. uploads .zip and .info, which carry the save id and the generation of the .mod.
+//     Meanwhile it renews the marker.
 //  3. clears the marker, if generation and metageneration of the .mod are those it
 //     knows. This is the commit.
 //
-// If there is a .mod already, the state decides. Complete: the save is done. InProgress:
-// it waits. Unfinished: it commits for the other save. Abandoned or Partial: it takes
-// over, which means that it writes the .mod anew if it is still the one listed, and
-// goes on at step 2. A save that fails sets its marker to 1970, so that nobody waits
-// for it.
+// If the create is refused, the state decides. Complete: the save is done. InProgress:
+// it waits. Unfinished: it commits for the other save. Otherwise it takes over: it writes
+// the .mod anew, if that is still as listed, and goes on at step 2.
+//
+// A save that fails sets its marker to 1970, so that nobody waits for it, and draws a
+// new save id for the .mod, so that its own late objects do not complete the version.
+// It keeps the id if only the commit is missing. A save whose .mod was taken over, or
+// deleted, is fenced: it waits for its successor, and never takes over again. It fails
+// if the .mod is gone, is given up, or has not changed for the stale threshold.
+//
+// A flight of [Storage.SingleFlight] creates a claim, <module>/@v/<version>.lock, and
+// looks at the version after that. The claim is marked and renewed like a .mod, and goes
+// stale after a quarter of the stale threshold. A holder that fails deletes its claim,
+// and those who wait fetch at once. If a holder dies, one of them takes the stale claim
+// over. No promise rests on a claim.
 //
 // # Why it is safe
 //
-// What a listing shows. The argument assumes that a listing shows each object as it
-// was at some moment of the listing, and not all objects at the same moment. So it
-// does not matter whether GCS answers in one page or in several.
+// A listing shows each object as it was at some moment, but not all at the same moment.
 //
-//   - One listing proves Complete if .info and .zip name the .mod listed, or none. A
-//     .mod that was committed stays so until it is deleted. If one of them names
-//     another .mod, the version is listed again. It is complete if nothing has
-//     changed: then its objects were copied from another bucket.
-//   - One listing proves Unfinished. The commit is conditional on the .mod listed.
+//   - One listing proves Complete if .info and .zip name the generation of the listed
+//     .mod, or none: a .mod that was committed stays so until it is deleted. Otherwise
+//     the version is listed again, and is complete if nothing has changed.
+//   - One listing proves Unfinished. The commit is conditional on the listed .mod.
 //     While that is live, nobody replaces .info and .zip of its save.
 //   - One listing does not prove that an object is missing. The object may have come
 //     while the rest was listed, and the version be complete. So two listings in a
@@ -77,44 +85,36 @@
 //
 // The commit names the generation of the .mod. So it succeeds only for the holder
 // who wrote that generation, and only while nobody has taken over or deleted since.
-// Its .info and .zip are its own: it uploaded them, or found them with its save id
-// where the answer to an upload was lost. Nobody else replaces them:
+// The .info and .zip are the holder's own: it uploaded them, or found them with its save
+// id where the answer to an upload was lost. Nobody else replaces them:
 //
-//   - A save uploads over an object only if the object is older than its own .mod:
-//     listed before it wrote the .mod, or read before it read that the .mod is still
-//     its own. A successor's object is younger.
+//   - A save uploads over an object only if the object is older than its own .mod: the
+//     listings before its takeover showed the object, or the save read the object, and
+//     after it the .mod, which was still its own. A successor's object is younger.
 //   - A delete removes .info and .zip only after it has removed the .mod beside which
 //     they were listed, or read that there is none.
-//   - An object with the saver's own save id is not replaced either. Somebody may
-//     have finished the version with it.
+//   - A save does not replace an object with its own save id either. Somebody may have
+//     finished the version with it.
 //
-// A holder that slept while others took over can neither commit nor replace what
-// they have stored, and the same goes for its requests that arrive late. A renewal
-// names the metageneration, so one that arrives after the commit is refused and
-// cannot put the marker back. An unfinished version is never taken over, only
-// finished, so it does not matter who finishes it.
+// So a holder that slept while others took over can neither commit nor replace what
+// they have stored, and neither can its late requests. A renewal names the
+// metageneration, so one that arrives after the commit cannot put the marker back. An
+// unfinished version is never taken over, so it does not matter who finishes it.
 //
 // A request whose answer was lost is made again, and refused the second time. So a
 // refused request is followed by a read: the save knows its own objects by the save
 // id and the size, and its own commit by the generation. A create that arrives late,
 // after a Delete or a Repair has removed what refused it before, makes a .mod whose
-// generation no .info and no .zip names. It never becomes Unfinished. It is Abandoned
-// when its marker is stale, and until then the next save waits. A save that fails
+// generation no .info and no .zip names. It never becomes Unfinished. A save that fails
 // while its create may still arrive writes a given-up .mod itself, so that the late
 // one is refused.
 //
-// No step of this looks at a clock. Clocks, and the stale threshold, decide only when
-// a holder is presumed dead. If that is wrong, its work is wasted, and no harm is
-// done. Two machines that each presume the other dead would take over from each other
-// for ever. So a save that was fenced, whose .mod was taken over, takes over an
-// abandoned version only when its .mod has not changed for the threshold, or is given
-// up. New calls do not know of such a loss: while calls with clocks that are off by
-// more than the threshold keep coming, a version may be taken over again and again.
+// No step of this looks at a clock. Clocks, and the stale threshold, decide only when a
+// holder is presumed dead. If that is wrong, its work is wasted, and no harm is done.
 //
 // The argument relies on GCS for the atomicity of a conditional request, and for
 // strong consistency of reads and lists after writes
 // (https://cloud.google.com/storage/docs/consistency). It relies on nobody else's
-// writing to the bucket below "/@v/". Athens' own backend may do so during a rollout.
-// Its clients may then read files of two saves: for a moment if both saves live, and
-// until the version is repaired or deleted if one of them died.
+// writing to the bucket below "/@v/". Athens' own backend may do so during a rollout:
+// docs/athens.md says what its clients may then read.
 package gcs

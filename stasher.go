@@ -32,25 +32,27 @@ const maxWait = 15 * time.Minute
 // KindGatewayTimeout. next has to bound itself, and is called concurrently for
 // different versions. A panic in next ends the program.
 //
-// A query, such as a branch, is fetched at once, and not checked. For a version, a
-// flight first looks into the bucket. A name that no version can have is
-// KindBadRequest, and a bucket that cannot be read fails the call. A
-// version that is complete is not fetched again; one that is being saved, or fetched
-// by another machine, is waited for. Before next is called, the version is claimed,
-// by an object beside its own, <module>/@v/<version>.lock, which is renewed as the
-// marker of a save is, and deleted afterwards. A claim goes stale after a quarter
-// of the stale threshold (see [Storage.SetStaleThreshold]). When its holder dies, one
-// of those who wait claims the version. When its holder fails, all who wait fetch
-// for themselves at once. If claims are not permitted, the log says so once, and
-// each machine fetches for itself.
+// A query, such as a branch, is fetched at once, and not checked. A version is claimed
+// first, by an object beside its own, <module>/@v/<version>.lock, which is renewed as
+// the marker of a save is, and deleted after next has returned. Then the flight looks
+// into the bucket. It does not fetch a version that is complete, and waits for one that
+// is being saved, or fetched by another machine. A name that no version can have is
+// KindBadRequest, and a bucket that cannot be read fails the call.
+//
+// A claim goes stale after a quarter of the stale threshold (see
+// [Storage.SetStaleThreshold]). When its holder dies, one of those who wait claims the
+// version. When its holder fails, all who wait fetch for themselves at once. If claims
+// may not be created, the log says so, and this Storage fetches for itself for 10
+// minutes; then it tries again. If a claim may not be deleted, it makes no more.
 //
 // If next's error is, or wraps, an [*Error] of KindAlreadyExists, somebody else has
 // saved the version, and the answer is the version in that error. Any other error is
 // passed on as it is. In the span, one that is [fs.ErrNotExist] is no failure.
 //
-// A call costs one request if the version is complete, and one more if a stale claim
-// has to be removed. Otherwise it makes 3 before next, 1 after it, and 1 for each
-// renewal in between.
+// A flight fails with next's error, and the log says so if nobody waits any more.
+//
+// A flight makes 3 requests if the version is complete: it claims, lists and deletes its
+// claim. Otherwise it makes 2 before next, 1 after it, and 1 for each renewal in between.
 func (s *Storage) SingleFlight(next Stasher) Stasher {
 	if next == nil {
 		panic("gcs: SingleFlight: next is nil")

@@ -52,16 +52,16 @@ const (
 // does not verify, an unknown scheme, a credential that its issuer refuses. A request
 // without an answer is sent again after 5 seconds, an upload after 10 seconds and more,
 // and each time the wait is twice as long. A zip stream that breaks, or stalls, goes on
-// where it was. The client retries the chunks of a zip. A chunk of 16 MiB has to be sent in 74
-// seconds, the smallest, of 256 KiB, in 11 ([WithChunkSize]). An upload breaks off when a
-// chunk is not sent in two tries: after 2 minutes and 38 seconds, or 32 seconds. It is
-// made again if the zip can be read again. So a line has to carry 222 KiB a second, or 24
-// with the smallest chunks.
+// where it was. The client retries the chunks of a zip. A chunk of 16 MiB has to be sent
+// in 74 seconds, the smallest, of 256 KiB, in 11 ([WithChunkSize]). An upload breaks off
+// when a chunk is not sent in two tries: after 2 minutes and 38 seconds, or 32 seconds. It
+// is made again if the zip can be read again. So a line has to carry 222 KiB a second, or
+// 24 with the smallest chunks.
 //
 // # Permissions
 //
 // The caller needs storage.objects.create, .delete (to replace leftovers), .get,
-// .list and .update (to clear the marker) on the bucket. roles/storage.objectUser
+// .list and .update (to renew and clear the marker) on the bucket. roles/storage.objectUser
 // holds all of them. To read, .get and .list are enough.
 type Storage struct {
 	bucket    *bucket
