@@ -2,7 +2,6 @@ package gcs
 
 import (
 	"bytes"
-	"context"
 	"io"
 	"strings"
 	"testing"
@@ -20,7 +19,7 @@ type faultScene struct {
 	found func(f *fakegcs.Server)
 	size  int // of the zip
 	zip   func(io.ReadSeeker) io.Reader
-	call  func(ctx context.Context, s *Storage, c content, zip io.Reader) error
+	call  string // "" is Save
 	slow  string // which of two requests that go out together comes second
 }
 
@@ -59,16 +58,8 @@ func faultScenes() []faultScene {
 			f.Put(objectName(extMod), nil, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
 			time.Sleep(100 * time.Millisecond)
 		}},
-		{name: "Exists finishes", found: leave(stale, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
-			ok, err := s.Exists(ctx, testModule, testVersion)
-			if err == nil && !ok {
-				err = errNothing
-			}
-			return err
-		}},
-		{name: "Delete", found: leave(nil, extMod, extInfo, extZip), call: func(ctx context.Context, s *Storage, c content, _ io.Reader) error {
-			return s.Delete(ctx, testModule, testVersion)
-		}},
+		{name: "Exists finishes", found: leave(stale, extMod, extInfo, extZip), call: "Exists"},
+		{name: "Delete", found: leave(nil, extMod, extInfo, extZip), call: "Delete"},
 	}
 	for i := range scenes {
 		sc := &scenes[i]
@@ -80,11 +71,6 @@ func faultScenes() []faultScene {
 		}
 		if sc.size == 0 {
 			sc.size = 100
-		}
-		if sc.call == nil {
-			sc.call = func(ctx context.Context, s *Storage, c content, zip io.Reader) error {
-				return c.saveFrom(ctx, s, zip)
-			}
 		}
 	}
 	return scenes
@@ -116,7 +102,15 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 		fired := faultAt(f, "a", at, fault, []string{sc.slow, ".zip"}, func() {})
 		s := f.storage("a", WithChunkSize(faultChunk))
 		began := time.Now()
-		err := sc.call(t.Context(), s, a, sc.zip(bytes.NewReader(a.zip)))
+		var err error
+		switch sc.call {
+		case "":
+			err = a.saveFrom(t.Context(), s, sc.zip(bytes.NewReader(a.zip)))
+		case "Exists":
+			requireExists(t, s, testVersion, true)
+		default:
+			err = everyCall(s)[sc.call](t.Context())
+		}
 		took, names, end.kind = time.Since(began), cutAt(f.Log(), "a"), Kind(err)
 		require.Equal(t, at != "", *fired, "the request is never made")
 		f.onRequest(nil)

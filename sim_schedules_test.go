@@ -59,7 +59,6 @@ type scene struct {
 type role struct {
 	name, op string
 	skew     time.Duration // of the actor's clock
-	call     func(r *rehearsal, a *actor) (result string, err error)
 }
 
 // requestFaults are the faults of one request. The others are: crash and cancel, of an
@@ -77,17 +76,15 @@ type actor struct {
 	content content
 
 	// guarded by rehearsal.mu
-	counts map[string]int // of requests, by what they do
-	ids    int            // of saves
-	told   []line
-	fresh  []line // told since the last choice
-	result string // of its calls
-	done   bool
-	crashed, cancelled,
-	failed bool // Save returned an error before its version was stored
-	brokenOff bool            // an upload in chunks does not go on
-	saw       map[string]bool // whose version was complete during the call
-	always    bool            // the version was complete during all of the call
+	counts                   map[string]int // of requests, by what they do
+	ids                      int            // of saves
+	told, fresh              []line         // fresh since the last choice
+	result                   string         // of its calls
+	done, crashed, cancelled bool
+	failed                   bool            // Save returned an error before its version was stored
+	brokenOff                bool            // an upload in chunks does not go on
+	saw                      map[string]bool // whose version was complete during the call
+	always                   bool            // the version was complete during all of the call
 }
 
 // A line is an answer that an actor was told.
@@ -127,29 +124,22 @@ type rehearsal struct {
 	over    chan struct{}  // closed at the end
 	arrived chan struct{}  // gets a token when a request arrives or a call ends
 
-	mu       sync.Mutex
-	free     bool // requests do not stop any more
-	actors   []*actor
-	events   map[int]*event // by their numbers in the log
-	pending  []*event
-	strays   []*event
-	arrivals int
-	chosen   int            // how many choices were made
-	left     map[string]int // faults
-	switches int            // preemptions
-	last     *actor         // who moved last
-	jumped   atomic.Int64   // of all clocks, a time.Duration
-	jumps    int
-	changes  int               // of the bucket and the clocks
-	names    map[string]string // of save ids, generations and contents
-	objects  map[string]*fakegcs.Object
-	life     string // whose version is complete
-	lifeGens [3]int64
-	lives    []string
-	fetching int
-	late     bool // a .mod arrived after its call had ended and what was there was removed: its marker is fresh
-	broken   []string
-	story    []string
+	mu                         sync.Mutex
+	free, ended                bool // requests do not stop any more; nobody listens any more
+	actors                     []*actor
+	last                       *actor         // who moved last
+	events                     map[int]*event // by their numbers in the log
+	pending, strays            []*event
+	arrivals, chosen, switches int               // requests, choices, preemptions
+	changes, jumps, fetching   int               // changes of the bucket and the clocks
+	left                       map[string]int    // faults
+	jumped                     atomic.Int64      // of all clocks, a time.Duration
+	names                      map[string]string // of save ids, generations and contents
+	objects                    map[string]*fakegcs.Object
+	life                       string // whose version is complete
+	lifeGens                   [3]int64
+	late                       bool // a .mod arrived after its call had ended and what was there was removed: its marker is fresh
+	lives, broken, story       []string
 }
 
 func (r *rehearsal) report(format string, args ...any) {
@@ -405,15 +395,11 @@ func (r *rehearsal) play(a *actor, do role) {
 		a.saw[r.life] = true
 	}
 	r.mu.Unlock()
-	result, err := do.call(r, a)
+	returned, err := calls[do.op](r, a)
+	result := fmt.Sprint(returned)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	select {
-	case <-r.over:
-		return
-	default:
-	}
-	if a.crashed {
+	if r.ended || a.crashed {
 		return
 	}
 	switch {
@@ -735,11 +721,11 @@ func (r *rehearsal) epilogue() {
 		r.jump()
 	}
 	r.free = true
-	last, ended := r.add(save("last", 0)), make(chan struct{})
+	last, ended := r.add(role{"last", "Save", 0}), make(chan struct{})
 	r.group.Go(func() {
 		defer close(ended)
 		r.play(last, last.role)
-		r.play(last, exists("last", 0))
+		r.play(last, role{"last", "Exists", 0})
 	})
 	late := time.After(10 * time.Second)
 	if !r.sleepUntilEither(ended, late) {
@@ -757,6 +743,9 @@ func (r *rehearsal) epilogue() {
 // end ends all that is under way.
 func (r *rehearsal) end() {
 	r.f.Close()
+	r.mu.Lock()
+	r.ended = true
+	r.mu.Unlock()
 	close(r.over)
 	for _, a := range r.actors {
 		a.cancel()
@@ -789,8 +778,7 @@ type exploration struct {
 	ends                map[uint64]bool
 	root                uint64
 	todo                []*branch
-	runs                int
-	diverged            int
+	runs, diverged      int
 	length              int      // of the longest path that is of interest
 	broken, path, story []string // the shortest failure
 	took                time.Duration
@@ -958,42 +946,18 @@ func (ex *exploration) report(t *testing.T) {
 	}
 }
 
-// The roles.
-
-func save(name string, skew time.Duration) role {
-	return role{name, "Save", skew, func(r *rehearsal, a *actor) (string, error) { return "nil", a.content.save(a.ctx, a.s) }}
-}
-
-func exists(name string, skew time.Duration) role {
-	return role{name, "Exists", skew, func(r *rehearsal, a *actor) (string, error) {
-		ok, err := a.s.Exists(a.ctx, testModule, testVersion)
-		return fmt.Sprint(ok), err
-	}}
-}
-
-func list(name string) role {
-	return role{name, "List", 0, func(r *rehearsal, a *actor) (string, error) {
+// calls are what a role can do.
+var calls = map[string]func(r *rehearsal, a *actor) (result any, err error){
+	"Save":   func(_ *rehearsal, a *actor) (any, error) { return "nil", a.content.save(a.ctx, a.s) },
+	"Exists": func(_ *rehearsal, a *actor) (any, error) { return a.s.Exists(a.ctx, testModule, testVersion) },
+	"Delete": func(_ *rehearsal, a *actor) (any, error) { return "nil", a.s.Delete(a.ctx, testModule, testVersion) },
+	"Repair": func(_ *rehearsal, a *actor) (any, error) { return a.s.Repair(a.ctx, testModule, testVersion) },
+	"List": func(_ *rehearsal, a *actor) (any, error) {
 		versions, err := a.s.List(a.ctx, testModule)
-		return fmt.Sprint(len(versions) == 1), err
-	}}
-}
-
-func remove(name string) role {
-	return role{name, "Delete", 0, func(r *rehearsal, a *actor) (string, error) {
-		return "nil", a.s.Delete(a.ctx, testModule, testVersion)
-	}}
-}
-
-func repair(name string, skew time.Duration) role {
-	return role{name, "Repair", skew, func(r *rehearsal, a *actor) (string, error) {
-		state, err := a.s.Repair(a.ctx, testModule, testVersion)
-		return state.String(), err
-	}}
-}
-
-// stash fetches in a single flight. No two fetch at the same time, if no time passes.
-func stash(name string, skew time.Duration) role {
-	return role{name, "Stash", skew, func(r *rehearsal, a *actor) (string, error) {
+		return len(versions) == 1, err
+	},
+	// Stash fetches in a single flight. No two fetch at the same time, if no time passes.
+	"Stash": func(r *rehearsal, a *actor) (any, error) {
 		_, err := a.s.SingleFlight(stashFunc(func(ctx context.Context, _, vers string) (string, error) {
 			count := func(n int) {
 				r.mu.Lock()
@@ -1007,15 +971,16 @@ func stash(name string, skew time.Duration) role {
 			return vers, a.content.save(ctx, a.s)
 		})).Stash(a.ctx, testModule, testVersion)
 		return "true", err
-	}}
+	},
 }
 
 const wrong = 100 * time.Hour // of a clock
 
 func scenes() []scene {
-	a, b, c, d := save("a", 0), save("b", 0), save("c", 0), remove("d")
-	ahead, behind := save("b", wrong), save("a", -wrong)
-	e := exists("e", wrong)
+	a, b, c, d := role{"a", "Save", 0}, role{"b", "Save", 0}, role{"c", "Save", 0}, role{"d", "Delete", 0}
+	ahead, behind, e := role{"b", "Save", wrong}, role{"a", "Save", -wrong}, role{"e", "Exists", wrong}
+	l, r, s := role{"l", "List", 0}, role{"r", "Repair", 0}, role{"s", "Repair", 0}
+	flight, other := role{"a", "Stash", 0}, role{"b", "Stash", 0}
 	stale, gaveUp := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old"), marked(givenUp, "old")
 	complete := leftBehind(nil, "old", extInfo, extMod, extZip)
 	unfinished := leftBehind(stale, "old", extInfo, extMod, extZip)
@@ -1046,7 +1011,7 @@ func scenes() []scene {
 		{name: "saver and deleter", roles: []role{a, d}},
 		{name: "saver and deleter, a complete version", roles: []role{a, d}, found: complete},
 		{name: "saver and deleter, a version without .mod", roles: []role{a, d}, found: headless},
-		{name: "saver and two deleters", quick: "-", bound: 3, roles: []role{a, d, remove("e")}},
+		{name: "saver and two deleters", quick: "-", bound: 3, roles: []role{a, d, {"e", "Delete", 0}}},
 		{name: "two savers and deleter", quick: "-", bound: 3, roles: []role{a, b, d}},
 		{name: "two savers, one's clock ahead, and deleter", quick: "-", bound: 3, roles: []role{a, ahead, d}},
 		{name: "saver and finisher", quick: " lost stray unmet crash cancel stale renew", roles: []role{a, e}},
@@ -1056,19 +1021,19 @@ func scenes() []scene {
 		{name: "saver and Exists, an abandoned version", roles: []role{a, e}, found: abandoned},
 		{name: "saver and Exists, objects of two saves", roles: []role{a, e}, found: mixed},
 		{name: "saver, Exists and deleter, an unfinished version", quick: "-", bound: 3, roles: []role{a, e, d}, found: unfinished},
-		{name: "saver and List in pages of one", page: 1, roles: []role{a, list("l")}},
-		{name: "saver and List in pages of one, a partial version", page: 1, roles: []role{a, list("l")}, found: partial},
-		{name: "saver and List in pages of one, an unfinished version", page: 1, roles: []role{a, list("l")}, found: unfinished},
-		{name: "saver and Repair", roles: []role{a, repair("r", wrong)}},
-		{name: "saver and Repair, a partial version", roles: []role{a, repair("r", 0)}, found: partial},
-		{name: "saver and Repair, an abandoned version", roles: []role{a, repair("r", 0)}, found: abandoned},
-		{name: "saver and Repair, objects of two saves", roles: []role{a, repair("r", 0)}, found: mixed},
-		{name: "saver and Repair, an unfinished version", roles: []role{a, repair("r", 0)}, found: unfinished},
-		{name: "saver and two Repairs, an abandoned version", quick: "-", bound: 3, roles: []role{a, repair("r", 0), repair("s", 0)}, found: abandoned},
-		{name: "deleter and Repair, an abandoned version", roles: []role{d, repair("r", 0)}, found: abandoned},
-		{name: "deleter and Repair, an unfinished version", roles: []role{d, repair("r", 0)}, found: unfinished},
-		{name: "two flights", roles: []role{stash("a", 0), stash("b", 0)}},
-		{name: "two flights, one's clock ahead", quick: "-", roles: []role{stash("a", 0), stash("b", wrong)}},
+		{name: "saver and List in pages of one", page: 1, roles: []role{a, l}},
+		{name: "saver and List in pages of one, a partial version", page: 1, roles: []role{a, l}, found: partial},
+		{name: "saver and List in pages of one, an unfinished version", page: 1, roles: []role{a, l}, found: unfinished},
+		{name: "saver and Repair", roles: []role{a, {"r", "Repair", wrong}}},
+		{name: "saver and Repair, a partial version", roles: []role{a, r}, found: partial},
+		{name: "saver and Repair, an abandoned version", roles: []role{a, r}, found: abandoned},
+		{name: "saver and Repair, objects of two saves", roles: []role{a, r}, found: mixed},
+		{name: "saver and Repair, an unfinished version", roles: []role{a, r}, found: unfinished},
+		{name: "saver and two Repairs, an abandoned version", quick: "-", bound: 3, roles: []role{a, r, s}, found: abandoned},
+		{name: "deleter and Repair, an abandoned version", roles: []role{d, r}, found: abandoned},
+		{name: "deleter and Repair, an unfinished version", roles: []role{d, r}, found: unfinished},
+		{name: "two flights", roles: []role{flight, other}},
+		{name: "two flights, one's clock ahead", quick: "-", roles: []role{flight, {"b", "Stash", wrong}}},
 	}
 }
 
