@@ -44,9 +44,10 @@ func save(ctx context.Context, s *gcs.Storage, size int) error {
 	return err
 }
 
-// TestCosts expects operations.md to show what each call costs.
+// TestCosts expects operations.md to show what each call costs, and the README what a new
+// version does.
 func TestCosts(t *testing.T) {
-	guide := read(t, "operations.md")
+	guide, costs := read(t, "operations.md"), map[string]int{}
 	one := func(ctx context.Context, s *gcs.Storage) error { return save(ctx, s, 100) }
 	large := func(ctx context.Context, s *gcs.Storage) error { return save(ctx, s, 1<<20+1) }
 	exists := func(ctx context.Context, s *gcs.Storage) error { _, err := s.Exists(ctx, mod, ver); return err }
@@ -108,10 +109,26 @@ func TestCosts(t *testing.T) {
 				assert.NoError(t, test.do(t.Context(), gcs.NewStorage(bucket.Machine("m").Bucket)))
 				synctest.Wait()
 				log := bucket.Log()
+				costs[test.call] = len(log)
 				row := fmt.Sprintf("| %s | %d | %d |", test.call, len(log), fakegcs.SerialTrips(log))
 				assert.True(t, strings.Contains(guide, row+"\n"), "there is no row %s", row)
 			})
 		})
+	}
+	assert.Contains(t, read(t, "../README.md"), fmt.Sprintf("costs %d requests, or %d with the single flight",
+		costs["`Save` of a new version"], costs["`Stash` of a new version, with its `Save`"]))
+}
+
+// TestSignatures expects the signatures of the README to be those of the source.
+func TestSignatures(t *testing.T) {
+	one := func(text string) string {
+		return strings.ReplaceAll(strings.ReplaceAll(text, "\n\t", " "), "(err error)", "error")
+	}
+	source := one(read(t, "../saver.go")) + one(read(t, "../checker.go"))
+	signatures := regexp.MustCompile(`(?m)^func .*`).FindAllString(one(read(t, "../README.md")), -1)
+	require.Len(t, signatures, 2)
+	for _, signature := range signatures {
+		assert.True(t, strings.Contains(source, signature+" {"), signature)
 	}
 }
 
@@ -145,6 +162,25 @@ func TestMessages(t *testing.T) {
 	both(`(?:Info|Warn|Debug)Context\([\w.]+, "([^"]+)"`, "(?m)^\\| (?:info|warn|debug) \\| `([^`]+)`")
 	both(`"(gcs\.[a-z.]+)"`, "(?m)^\\| `(gcs\\.[\\w.]+)` \\|")
 	both(`"(storage\.objects\.\w+)"`, "(?m)^\\| `(storage\\.objects\\.\\w+)` \\|")
+}
+
+// TestNames expects CONTRIBUTING.md to name files, functions and faults that are there.
+func TestNames(t *testing.T) {
+	words := map[string]bool{}
+	for _, folder := range []string{"..", "../internal/fakegcs", "../gcstest", "../cmd/athensgcs"} {
+		files, err := filepath.Glob(folder + "/*.go")
+		require.NoError(t, err)
+		for _, name := range files {
+			words[filepath.Base(name)] = true
+			for _, word := range regexp.MustCompile(`\w+`).FindAllString(read(t, name), -1) {
+				words[word] = true
+			}
+		}
+	}
+	_, guide, _ := strings.Cut(read(t, "../CONTRIBUTING.md"), "| file | holds |")
+	for _, m := range regexp.MustCompile("`(?:[cfs]\\.|fakegcs\\.)?(\\w+(?:\\.go)?)[^`\\s]*(?: [^`]*)?`").FindAllStringSubmatch(guide, -1) {
+		assert.True(t, words[m[1]], "there is no %s", m[0])
+	}
 }
 
 // TestLinks follows the links of the documents to files and to headings.
