@@ -85,11 +85,11 @@ func badRequest(what string, err error) error {
 	return kindError{KindBadRequest, fmt.Errorf("the %s %w", what, err)}
 }
 
-// A readError is an error of the caller's reader. Its kind elsewhere does not matter.
-type readError struct{ error }
+// A readError is an error of the caller's reader. It hides the cause from the protocol:
+// that may be the error of another save, or an answer to another's request.
+type readError struct{ cause error }
 
-func (e readError) Error() string { return "reading the zip: " + e.error.Error() }
-func (e readError) Unwrap() error { return e.error }
+func (e readError) Error() string { return "reading the zip: " + e.cause.Error() }
 
 // The ends of a save.
 var (
@@ -105,20 +105,21 @@ func newError(ctx context.Context, op, module, version string, err error) *Error
 	e := &Error{Op: "gcs." + op, Kind: KindUnexpected, Module: module, Version: version, Err: err}
 	var decided kindError
 	var read readError
-	reading := errors.As(err, &read)
+	if errors.As(err, &read) {
+		e.Err = fmt.Errorf("reading the zip: %w", read.cause)
+	}
 	ended := ctx.Err()
 	switch {
-	case !reading && errors.As(err, &decided):
+	case errors.As(err, &decided):
 		e.Kind = decided.kind
 	case ended != nil:
 		// Over gRPC an ended context arrives as a status that does not wrap it.
-		if !errors.Is(err, ended) {
-			e.Err = fmt.Errorf("%w: %w", ended, err)
+		if !errors.Is(e.Err, ended) {
+			e.Err = fmt.Errorf("%w: %w", ended, e.Err)
 		}
 		if errors.Is(ended, context.DeadlineExceeded) {
 			e.Kind = KindGatewayTimeout
 		}
-	case reading:
 	case isAbsent(err):
 		e.Kind = KindNotFound
 	case isRateLimited(err):

@@ -95,8 +95,207 @@ func TestLateCreate(t *testing.T) {
 		require.Less(t, timeOf(func() { requireStash(t, f.storage("b").SingleFlight(next), testVersion, testVersion) }), time.Second)
 	})
 
+<<<<<<< Updated upstream
 	// During a save whose .mod somebody has deleted, it is given up with the save.
 	run(t, "during a save", inCrowd, func(t *testing.T, f *fakeGCS) {
+=======
+// A renewal that failed may have been applied, and just now. The commit keeps its
+// distance.
+func TestCommitAfterFailedRenewal(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		failed := 0
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
+				if failed++; failed == 1 {
+					return fakegcs.Hung
+				}
+				time.Sleep(requestTimeout - 200*time.Millisecond)
+				return fakegcs.HungApplied
+			}
+			return fakegcs.NoFault
+		})
+		a := contentOf("a", 100)
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+4*time.Second))
+		require.Equal(t, 2, failed) // tries of one renewal
+		requireStored(t, f, a)
+	})
+}
+
+// A save fails, and finds when it gives up that another has finished it: all of it
+// is stored, so it has not failed.
+func TestGiveUpOfFinished(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		f.fault(fakegcs.HungApplied, on("a", "", extZip))
+		ctx := within(t, 2*time.Second)
+		time.AfterFunc(time.Second, func() { requireExists(t, ahead(f, "e"), testVersion, true) })
+		require.NoError(t, a.save(ctx, f.storage("a")))
+		require.Error(t, ctx.Err())
+		requireStored(t, f, a)
+	})
+}
+
+// A marker that is cleared says nothing of a zip that could not be read.
+func TestGiveUpOfClearedWithoutZip(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		broken := errors.New("broken")
+		time.AfterFunc(500*time.Millisecond, func() { f.SetMetadata(objectName(extMod), nil) })
+		err := contentOf("a", 100).saveHalf(t.Context(), f.storage("a"), sleepReader(time.Second), iotest.ErrReader(broken))
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, broken)
+		requireSavableAtOnce(t, f)
+	})
+}
+
+// If only the commit failed, the next save makes it up.
+func TestNextSaveCommits(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		f.fault(fakegcs.Hung, func(r *fakegcs.Request) bool { return r.Op == "patch" && !givesUp(r) })
+		requireKind(t, a.save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
+		f.onRequest(nil)
+		require.Less(t, timeOf(func() { requireKind(t, b.save(t.Context(), f.storage("b")), KindAlreadyExists) }), time.Second)
+		requireStored(t, f, a)
+	})
+}
+
+// fence lets b take the version over from a, whose clock is an hour ahead, so that
+// b's marker looks stale to a. It calls save for b, and returns when a's
+// save returned, and what.
+func fence(t *testing.T, f *fakeGCS, a content, save func(b *fakegcs.Machine)) (at time.Time, err error) {
+	t.Helper()
+	machine, b := f.Machine("a"), f.Machine("b")
+	s := NewStorage(machine.Bucket)
+	s.now = func() time.Time { return time.Now().Add(time.Hour) }
+	var sleep sync.Once
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		if r.Machine == "a" && r.Object == objectName(extZip) {
+			sleep.Do(machine.Pause)
+		}
+		return fakegcs.NoFault
+	})
+	f.onAnswer(func(r *fakegcs.Request) {
+		if r.Machine == "b" && r.Object == objectName(extMod) && r.Op == "insert" && r.Applied {
+			machine.Resume()
+		}
+	})
+	wait := alongside(func() {
+		err = a.save(t.Context(), s)
+		at = time.Now()
+	})
+	time.Sleep(time.Second)
+	save(b)
+	wait()
+	return at, err
+}
+
+// A save that was fenced believes a marker that looks stale while it changes: the
+// other renews it.
+func TestFencedIsPatient(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a, b := contentOf("a", 100), contentOf("b", 100)
+		_, err := fence(t, f, a, func(m *fakegcs.Machine) {
+			require.NoError(t, b.saveSlowly(t.Context(), NewStorage(m.Bucket), 10*time.Minute))
+		})
+		requireKind(t, err, KindAlreadyExists)
+		requireStored(t, f, b)
+	})
+}
+
+// Its patience ends a threshold after the last change.
+func TestFencedByCrashed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		var crashed time.Time
+		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
+			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
+			time.AfterFunc(10*time.Minute, m.Crash)
+			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), NewStorage(m.Bucket), sleepReader(15*time.Minute)))
+		})
+		requireFenced(t, err)
+		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
+		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
+	})
+}
+
+// The same if the marker of the crashed save looks fresh at first: it does not wait
+// for a second threshold after that.
+func TestFencedWaitsOnce(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.tolerate()
+		a := contentOf("a", 100)
+		var crashed time.Time
+		time.AfterFunc(10*time.Second, func() {
+			crashed = time.Now()
+			f.Put(objectName(extMod), nil, marked(crashed, "b"))
+		})
+		requireFenced(t, a.saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
+		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
+		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
+	})
+}
+
+// A saver far away, one of whose renewals had no answer, keeps its marker fresh.
+func TestRenewalsOverSlowLine(t *testing.T) {
+	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
+		t.Run(trip.String(), func(t *testing.T) {
+			bubble(t, trip, func(t *testing.T, f *fakeGCS) {
+				f.fault(fakegcs.HungApplied, first(1, on("", "patch", "")))
+				var group sync.WaitGroup
+				defer group.Wait()
+				group.Go(func() {
+					require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
+				})
+				time.Sleep(20 * time.Second)
+				requireKind(t, contentOf("b", 100).save(t.Context(), f.storage("b")), KindAlreadyExists)
+			})
+		})
+	}
+}
+
+// A renewal that takes longer than the time to the next is not followed at once by it.
+func TestRenewalsAreNotTooFast(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakeGCS) {
+		f.atFirst(on("", "patch", ""), func() { time.Sleep(1900 * time.Millisecond) })
+		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
+	})
+}
+
+// It has none with a marker that was given up.
+func TestFencedByFailed(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		a := contentOf("a", 100)
+		var failed time.Time
+		at, err := fence(t, f, a, func(m *fakegcs.Machine) {
+			require.ErrorIs(t, contentOf("b", 100).saveHalf(t.Context(), NewStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF)), io.ErrUnexpectedEOF)
+			failed = time.Now()
+		})
+		requireFenced(t, err)
+		require.Less(t, at.Sub(failed), 3*time.Second)
+	})
+}
+
+// A create that is forbidden leaves nothing that could arrive later. A version that is
+// complete is so for whoever may not create it.
+func TestSaveForbidden(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Deny("storage.objects.create")
+		var l syncedLog
+		err := contentOf("a", 100).save(t.Context(), f.storage("a", l.option()))
+		require.ErrorContains(t, err, "storage.objects.create")
+		require.Empty(t, l.lines(slog.LevelWarn))
+		require.Empty(t, f.Names())
+		require.Equal(t, []string{"insert", "list", "list", "insert"}, logged(f))
+		storeVersion(f, testModule, testVersion)
+		requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), KindAlreadyExists)
+	})
+}
+
+// A create that arrives late, during a save whose .mod somebody has deleted, is given
+// up with the save.
+func TestLateCreateDuringSave(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+>>>>>>> Stashed changes
 		f.tolerate()
 		f.fault(fakegcs.StrayReset, first(1, on("", "", extMod)))
 		ctx := within(t, 10*time.Second)

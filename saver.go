@@ -136,7 +136,7 @@ func (g *saving) steps(ctx context.Context) error {
 // acquire makes the live .mod this save's own, unless another save is at work, for
 // which it waits. It returns errExists when the version is complete.
 func (g *saving) acquire(ctx context.Context) error {
-	if err := g.lease.acquire(ctx, nil); !isPreconditionFailed(err) {
+	if err := g.lease.acquire(ctx, nil); !isPreconditionFailed(err) && !isForbidden(err) {
 		return err // nil for most versions, which are new
 	}
 	for refused := 0; ; {

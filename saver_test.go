@@ -244,11 +244,12 @@ func requireOneWinner(t *testing.T, f *fakeGCS, n int, save func(i int) (content
 }
 
 // A reader that fails, wherever: its error is reachable, nothing of the zip is
-// stored, and the next save need not wait.
+// stored, and the next save need not wait. That the error is another save's, or an
+// answer to another's request, means nothing.
 func TestSaveReaderFails(t *testing.T) {
 	broken := errors.New("broken")
 	for _, size := range []int{0, 1, 1000, maxBuffered, maxBuffered + 1, 17 << 20} {
-		for _, err := range []error{broken, io.ErrUnexpectedEOF, context.DeadlineExceeded} {
+		for _, err := range []error{broken, io.ErrUnexpectedEOF, context.DeadlineExceeded, errExists, errFenced, errCommitted} {
 			run(t, fmt.Sprintf("%v after %d", err, size), inBubble, func(t *testing.T, f *fakeGCS) {
 				a, b := contentOf("a", size), contentOf("b", 100)
 				s := f.storage("a")
