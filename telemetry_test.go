@@ -215,24 +215,17 @@ func TestSpansOfSharedStash(t *testing.T) {
 	inFleet(t, func(t *testing.T, f *fakeGCS) {
 		w := watch(t)
 		a := newReplica(f, &origin{takes: time.Second}, "a")
-		var group sync.WaitGroup
-		for range 3 {
-			group.Go(func() { requireStash(t, a, testVersion, testVersion) })
-		}
-		group.Wait()
+		together(3, func(int) { requireStash(t, a, testVersion, testVersion) })
+		spans := w.spans()
+		slices.SortFunc(spans, func(a, b tracetest.SpanStub) int { return strings.Compare(a.Name, b.Name) })
+		require.Len(t, spans, 4)
 		var stashes []trace.SpanID
-		var save []tracetest.SpanStub
-		for _, span := range w.spans() {
-			if span.Name == "gcs.Stash" {
-				stashes = append(stashes, span.SpanContext.SpanID())
-			} else {
-				save = append(save, span)
-			}
+		for _, span := range spans[1:] {
+			require.Equal(t, "gcs.Stash", span.Name)
+			stashes = append(stashes, span.SpanContext.SpanID())
 		}
-		require.Len(t, stashes, 3)
-		require.Len(t, save, 1)
-		require.Equal(t, "gcs.Save", save[0].Name)
-		require.Contains(t, stashes, save[0].Parent.SpanID())
+		require.Equal(t, "gcs.Save", spans[0].Name)
+		require.Contains(t, stashes, spans[0].Parent.SpanID())
 	})
 }
 
@@ -243,31 +236,26 @@ func TestSavesByOutcome(t *testing.T) {
 		require.Empty(t, w.saves())
 		a := contentOf("a", 100)
 		want := map[string]float64{}
+		counted := func(outcome string, n float64) {
+			t.Helper()
+			want[outcome] += n
+			require.Equal(t, want, w.saves())
+		}
 		for range 3 {
 			require.NoError(t, a.save(t.Context(), s))
-			want[outcomeStored]++
-			require.Equal(t, want, w.saves())
-
+			counted(outcomeStored, 1)
 			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
-			want[outcomeExisted]++
-			require.Equal(t, want, w.saves())
-
+			counted(outcomeExisted, 1)
 			f.Remove(objectName(extZip))
 			require.NoError(t, a.save(t.Context(), s))
-			want[outcomeHealed]++
-			require.Equal(t, want, w.saves())
-
-			leave(f, marked(givenUp, "other"), extMod, extInfo, extZip)
+			counted(outcomeHealed, 1)
+			leaveUnfinished(f)
 			requireKind(t, a.save(t.Context(), s), KindAlreadyExists)
-			want[outcomeFinished]++
-			require.Equal(t, want, w.saves())
-
+			counted(outcomeFinished, 1)
 			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 			requireKind(t, a.saveFrom(t.Context(), s, iotest.ErrReader(io.ErrUnexpectedEOF)), KindUnexpected)
-			want[outcomeFailed]++
 			require.Error(t, s.Save(t.Context(), "", "", nil, nil, nil, nil))
-			want[outcomeFailed]++
-			require.Equal(t, want, w.saves())
+			counted(outcomeFailed, 2)
 		}
 		require.Equal(t, []string{"stored", "existed", "healed", "finished another's", "failed"},
 			[]string{outcomeStored, outcomeExisted, outcomeHealed, outcomeFinished, outcomeFailed})
