@@ -12,7 +12,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -233,6 +232,15 @@ func (b *bench) mustPut(t *testing.T, o *storage.ObjectHandle, metadata map[stri
 	return attrs
 }
 
+// update changes the metadata of an object that is as it was.
+func (b *bench) update(t *testing.T, o *storage.ObjectHandle, last *storage.ObjectAttrs, metadata map[string]string) *storage.ObjectAttrs {
+	t.Helper()
+	attrs, err := o.If(storage.Conditions{GenerationMatch: last.Generation, MetagenerationMatch: last.Metageneration}).
+		Update(b.ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
+	require.NoError(t, err)
+	return attrs
+}
+
 // save saves a version whose files tell who saved it.
 func (b *bench) save(ctx context.Context, s *Storage, vers, who string) error {
 	zip := []byte(who + "'s zip")
@@ -282,38 +290,34 @@ func (b *bench) pause() {
 // as GCS does, and not apply.
 func (b *bench) probe(t *testing.T) (lacks map[ability]string) {
 	type cond = storage.Conditions
+	type attrs = *storage.ObjectAttrs
 	ctx := b.ctx
 	lacks = map[ability]string{}
-	write := func(o *storage.ObjectHandle) error {
-		_, err := b.put(ctx, o, "refused", nil)
-		return err
-	}
+	write := func(o *storage.ObjectHandle) error { _, err := b.put(ctx, o, "refused", nil); return err }
 	update := func(o *storage.ObjectHandle) error {
 		_, err := o.Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{"refused": "yes"}})
 		return err
 	}
 	remove := func(o *storage.ObjectHandle) error { return o.Delete(ctx) }
+	another := func(old, now attrs) cond { return cond{GenerationMatch: old.Generation} }
+	changed := func(old, now attrs) cond {
+		return cond{GenerationMatch: now.Generation, MetagenerationMatch: now.Metageneration + 1}
+	}
 	for i, probe := range []struct {
 		name  string
 		needs ability // "" for what the package cannot do without
 		do    func(o *storage.ObjectHandle) error
-		cond  func(old, now *storage.ObjectAttrs) cond
+		cond  func(old, now attrs) cond
 	}{
-		{"a create", "", write, func(old, now *storage.ObjectAttrs) cond { return cond{DoesNotExist: true} }},
-		{"a write over another", "", write, func(old, now *storage.ObjectAttrs) cond { return cond{GenerationMatch: old.Generation} }},
-		{"a write over a changed one", refusesWrites, write, func(old, now *storage.ObjectAttrs) cond {
-			return cond{GenerationMatch: now.Generation, MetagenerationMatch: now.Metageneration + 1}
-		}},
-		{"an update of another", refusesUpdates, update, func(old, now *storage.ObjectAttrs) cond {
+		{"a create", "", write, func(old, now attrs) cond { return cond{DoesNotExist: true} }},
+		{"a write over another", "", write, another},
+		{"a write over a changed one", refusesWrites, write, changed},
+		{"an update of another", refusesUpdates, update, func(old, now attrs) cond {
 			return cond{GenerationMatch: old.Generation, MetagenerationMatch: now.Metageneration}
 		}},
-		{"an update of a changed one", refusesUpdates, update, func(old, now *storage.ObjectAttrs) cond {
-			return cond{GenerationMatch: now.Generation, MetagenerationMatch: now.Metageneration + 1}
-		}},
-		{"a delete of another", refusesDeletes, remove, func(old, now *storage.ObjectAttrs) cond {
-			return cond{GenerationMatch: old.Generation}
-		}},
-		{"a delete of a changed one", refusesDeletes, remove, func(old, now *storage.ObjectAttrs) cond {
+		{"an update of a changed one", refusesUpdates, update, changed},
+		{"a delete of another", refusesDeletes, remove, another},
+		{"a delete of a changed one", refusesDeletes, remove, func(old, now attrs) cond {
 			return cond{MetagenerationMatch: now.Metageneration + 1}
 		}},
 	} {
@@ -342,9 +346,7 @@ func (b *bench) probe(t *testing.T) (lacks map[ability]string) {
 
 	o := b.object("v2.0.0", "mod")
 	created := b.mustPut(t, o, map[string]string{"a": "b"})
-	updated, err := o.If(cond{GenerationMatch: created.Generation, MetagenerationMatch: created.Metageneration}).
-		Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{"a": "c"}})
-	require.NoError(t, err)
+	updated := b.update(t, o, created, map[string]string{"a": "c"})
 	if updated.Metageneration <= created.Metageneration {
 		lacks[countsUpdates] = fmt.Sprintf("it was %d before, and %d after", created.Metageneration, updated.Metageneration)
 	}
@@ -352,9 +354,7 @@ func (b *bench) probe(t *testing.T) (lacks map[ability]string) {
 		lacks[keepsGenerations] = fmt.Sprintf("it was %d before, and %d after", created.Generation, updated.Generation)
 	}
 	b.pause()
-	cleared, err := o.If(cond{GenerationMatch: updated.Generation, MetagenerationMatch: updated.Metageneration}).
-		Update(ctx, storage.ObjectAttrsToUpdate{Metadata: map[string]string{}})
-	require.NoError(t, err)
+	cleared := b.update(t, o, updated, map[string]string{})
 	if len(cleared.Metadata) > 0 {
 		lacks[clearsMetadata] = fmt.Sprint("it leaves ", cleared.Metadata)
 	}
@@ -366,13 +366,10 @@ func (b *bench) probe(t *testing.T) (lacks map[ability]string) {
 
 // metadata pins how markers are written, renewed, cleared and seen in a list.
 func (b *bench) metadata(t *testing.T) {
-	ctx := b.ctx
 	o := b.object("v1.0.0", "mod")
 	created := b.mustPut(t, o, map[string]string{"in-progress": "a", "save-id": "a"})
 	update := func(last *storage.ObjectAttrs, metadata map[string]string) *storage.ObjectAttrs {
-		attrs, err := o.If(storage.Conditions{GenerationMatch: last.Generation, MetagenerationMatch: last.Metageneration}).
-			Update(ctx, storage.ObjectAttrsToUpdate{Metadata: metadata})
-		require.NoError(t, err)
+		attrs := b.update(t, o, last, metadata)
 		if b.able(keepsGenerations) {
 			require.Equal(t, last.Generation, attrs.Generation)
 		}
@@ -477,8 +474,7 @@ func (b *bench) zip(t *testing.T, vers string, size int, seekable bool, opts ...
 		require.NoError(t, err)
 		require.EqualValues(t, size, r.Size())
 		got, err := io.ReadAll(r)
-		require.NoError(t, err)
-		require.NoError(t, r.Close())
+		require.NoError(t, errors.Join(err, r.Close()))
 		require.True(t, bytes.Equal(zip, got))
 		b.requireExists(t, vers, true)
 	}
@@ -486,19 +482,22 @@ func (b *bench) zip(t *testing.T, vers string, size int, seekable bool, opts ...
 
 // failure: a save whose reader fails leaves no version, and the next need not wait.
 func (b *bench) failure(t *testing.T) {
-	s := b.patient()
 	broken := errors.New("broken")
 	for i, size := range []int64{0, 10, 1 << 20, 3 << 19} {
-		vers := fmt.Sprintf("v1.%d.0", i)
-		err := b.storage(WithStaleThreshold(patience), WithChunkSize(256<<10)).
-			Save(b.ctx, b.module, vers, []byte("mod"), brokenAfter(size, broken), nil, []byte("info"))
-		requireError(t, err, KindUnexpected, "gcs.Save", b.module, vers)
-		require.ErrorIs(t, err, broken)
-		b.requireExists(t, vers, false)
-		b.pause()
-		require.NoError(t, b.save(b.ctx, s, vers, "next"))
-		b.requireSaved(t, vers, "next")
+		b.failedSave(t, b.ctx, fmt.Sprintf("v1.%d.0", i), brokenAfter(size, broken), broken)
 	}
+}
+
+func (b *bench) failedSave(t *testing.T, ctx context.Context, vers string, zip io.Reader, cause error) {
+	t.Helper()
+	s := b.storage(WithStaleThreshold(patience), WithChunkSize(256<<10))
+	err := s.Save(ctx, b.module, vers, []byte("mod"), zip, nil, []byte("info"))
+	requireError(t, err, KindUnexpected, "gcs.Save", b.module, vers)
+	require.ErrorIs(t, err, cause)
+	b.requireExists(t, vers, false)
+	b.pause()
+	require.NoError(t, b.save(b.ctx, b.patient(), vers, "next"))
+	b.requireSaved(t, vers, "next")
 }
 
 // brokenAfter is a reader that fails after so many bytes.
@@ -519,31 +518,18 @@ func (b *bench) contexts(t *testing.T) {
 	s := b.patient()
 	require.NoError(t, b.save(b.ctx, s, "v1.0.0", "first"))
 	for op, call := range callsOn(s, ModuleVersion{b.module, "v1.0.0"}) {
-		cancelled, cancel := context.WithCancel(b.ctx)
-		cancel()
-		err := call(cancelled)
-		require.True(t, Is(err, KindUnexpected), "%s: %v", op, err)
-		require.ErrorIs(t, err, context.Canceled, op)
-
-		late, cancel := context.WithDeadline(b.ctx, time.Now().Add(-time.Second))
-		err = call(late)
-		cancel()
-		require.True(t, Is(err, KindGatewayTimeout), "%s: %v", op, err)
-		require.ErrorIs(t, err, context.DeadlineExceeded, op)
+		for _, ctx := range contextEnds(b.ctx, 0) {
+			err := call(ctx)
+			require.True(t, Is(err, ctx.kind), "%s: %v", op, err)
+			require.ErrorIs(t, err, ctx.cause, op)
+		}
 	}
 	b.requireSaved(t, "v1.0.0", "first")
 
 	for i, size := range []int64{0, 100 << 10, 2 << 20} {
-		vers := fmt.Sprintf("v3.%d.0", i)
 		ctx, cancel := context.WithCancel(b.ctx)
 		zip := io.MultiReader(io.LimitReader(zeros{}, size), waiting(cancel), io.LimitReader(zeros{}, 1<<20))
-		err := b.storage(WithStaleThreshold(patience), WithChunkSize(256<<10)).Save(ctx, b.module, vers, []byte("mod"), zip, nil, []byte("info"))
-		requireError(t, err, KindUnexpected, "gcs.Save", b.module, vers)
-		require.ErrorIs(t, err, context.Canceled)
-		b.requireExists(t, vers, false)
-		b.pause()
-		require.NoError(t, b.save(b.ctx, s, vers, "next"))
-		b.requireSaved(t, vers, "next")
+		b.failedSave(t, ctx, fmt.Sprintf("v3.%d.0", i), zip, context.Canceled)
 	}
 }
 
@@ -576,9 +562,7 @@ var markers = []markerKind{
 	{"fresh", func(now time.Time) map[string]string { return markedAt(now, "a") }, false, InProgress},
 	{"fresh, of one save", func(now time.Time) map[string]string { return markedAt(now, "a") }, true, InProgress},
 	{"an hour ahead", func(now time.Time) map[string]string { return markedAt(now.Add(time.Hour), "a") }, false, InProgress},
-	{"no time", func(now time.Time) map[string]string {
-		return map[string]string{"in-progress": "soon", "save-id": "a"}
-	}, false, InProgress},
+	{"no time", func(now time.Time) map[string]string { return map[string]string{"in-progress": "soon", "save-id": "a"} }, false, InProgress},
 	{"older Athens", func(now time.Time) map[string]string { return map[string]string{"in_progress": "true"} }, true, InProgress},
 }
 
@@ -905,11 +889,7 @@ func (b *bench) contention(t *testing.T) {
 			b.pause()
 		}
 		errs := make([]error, 4)
-		var wg sync.WaitGroup
-		for i := range errs {
-			wg.Go(func() { errs[i] = b.save(b.ctx, b.patient(), vers, fmt.Sprint(i)) })
-		}
-		wg.Wait()
+		together(len(errs), func(i int) { errs[i] = b.save(b.ctx, b.patient(), vers, fmt.Sprint(i)) })
 		winner := slices.Index(errs, nil)
 		require.GreaterOrEqual(t, winner, 0, "%v", errs)
 		for i, err := range errs {
@@ -955,24 +935,15 @@ func (b *bench) catalog(t *testing.T) {
 // singleFlight: two machines with three callers each make one call, and leave no claim.
 func (b *bench) singleFlight(t *testing.T) {
 	var fetches atomic.Int64
-	var g errgroup.Group
-	for i := range 2 {
+	flights := make([]Stasher, 2)
+	for i := range flights {
 		s := b.patient()
-		flight := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
+		flights[i] = s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
 			fetches.Add(1)
 			return vers, b.save(ctx, s, vers, fmt.Sprint(i))
 		}))
-		for range 3 {
-			g.Go(func() error {
-				got, err := flight.Stash(b.ctx, b.module, "v1.0.0")
-				if err == nil && got != "v1.0.0" {
-					err = fmt.Errorf("Stash returned %q", got)
-				}
-				return err
-			})
-		}
 	}
-	require.NoError(t, g.Wait())
+	together(6, func(i int) { returns(t, "v1.0.0")(flights[i%2].Stash(b.ctx, b.module, "v1.0.0")) })
 	require.EqualValues(t, 1, fetches.Load())
 	b.requireExists(t, "v1.0.0", true)
 
@@ -1001,11 +972,9 @@ func (b *bench) claims(t *testing.T) {
 	_, err := b.patient().Repair(b.ctx, b.module, "v1.0.0")
 	require.NoError(t, err)
 	for vers, s := range map[string]*Storage{"v2.0.0": b.storage(WithStaleThreshold(time.Minute)), "v3.0.0": b.impatient()} {
-		got, err := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
+		returns(t, vers)(s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
 			return vers, b.save(ctx, s, vers, "next")
-		})).Stash(b.ctx, b.module, vers)
-		require.NoError(t, err)
-		require.Equal(t, vers, got)
+		})).Stash(b.ctx, b.module, vers))
 		b.requireSaved(t, vers, "next")
 	}
 	require.Len(t, b.list(t), 6)
