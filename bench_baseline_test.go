@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -31,12 +32,8 @@ type baseline struct{ bucket *storage.BucketHandle }
 
 func (b baseline) Save(ctx context.Context, module, vers string, mod []byte, zip io.Reader, _, info []byte) error {
 	v := ModuleVersion{module, vers}
-	ok, err := b.Exists(ctx, module, vers)
-	if err != nil {
-		return err
-	}
-	if ok {
-		return errExists
+	if ok, err := b.Exists(ctx, module, vers); err != nil || ok {
+		return cmp.Or(err, errExists)
 	}
 	for _, o := range []struct {
 		ext  string
@@ -79,16 +76,11 @@ func (b baseline) Exists(ctx context.Context, module, vers string) (bool, error)
 func (b baseline) names(ctx context.Context, prefix string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		objects := b.bucket.Objects(ctx, &storage.Query{Prefix: prefix})
-		for {
-			attrs, err := objects.Next()
-			if err == iterator.Done {
-				return
-			}
+		for attrs, err := objects.Next(); err != iterator.Done; attrs, err = objects.Next() {
 			if err != nil {
-				yield("", err)
-				return
+				attrs = new(storage.ObjectAttrs)
 			}
-			if !yield(attrs.Name, nil) {
+			if !yield(attrs.Name, err) || err != nil {
 				return
 			}
 		}
@@ -113,11 +105,7 @@ func (b baseline) read(ctx context.Context, name string) ([]byte, error) {
 }
 
 func (b baseline) Zip(ctx context.Context, module, vers string) (SizeReadCloser, error) {
-	r, err := b.bucket.Object(ModuleVersion{module, vers}.object(extZip)).NewReader(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return r, nil
+	return b.bucket.Object(ModuleVersion{module, vers}.object(extZip)).NewReader(ctx)
 }
 
 func (b baseline) List(ctx context.Context, module string) ([]string, error) {
@@ -135,12 +123,8 @@ func (b baseline) List(ctx context.Context, module string) ([]string, error) {
 
 func (b baseline) Delete(ctx context.Context, module, vers string) error {
 	v := ModuleVersion{module, vers}
-	ok, err := b.Exists(ctx, module, vers)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return errNothing
+	if ok, err := b.Exists(ctx, module, vers); err != nil || !ok {
+		return cmp.Or(err, errNothing)
 	}
 	var errs []error
 	for _, ext := range []string{extInfo, extMod, extZip} {

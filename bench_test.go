@@ -3,6 +3,7 @@ package gcs
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/md5"
 	"encoding/base64"
@@ -56,53 +57,38 @@ const (
 // BenchmarkCall is every call but those that wait, with a zip of 100 KiB, and
 // 1,000 versions to list.
 func BenchmarkCall(b *testing.B) {
+	type operation = func(s backend, vers string) error
 	type call struct {
-		name   string
-		stored int  // versions in the bucket
-		fresh  bool // each call gets a version of its own
-		before func(ctx context.Context, s backend, vers string) error
-		do     func(ctx context.Context, s backend, vers string) error
+		name       string
+		stored     int  // versions in the bucket
+		fresh      bool // each call gets a version of its own
+		before, do operation
 	}
+	ctx := context.Background()
 	small := contentOf("a", smallZip)
 	sum := md5.Sum(small.zip)
-	save := func(ctx context.Context, s backend, vers string) error {
+	save := func(s backend, vers string) error {
 		return s.Save(ctx, testModule, vers, small.mod, plain(bytes.NewReader(small.zip)), sum[:], small.info)
 	}
 	for _, c := range []call{
-		{name: "SaveNew", fresh: true, do: save},
-		{name: "SaveComplete", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
-			if err := save(ctx, s, vers); Kind(err) != KindAlreadyExists && !errors.Is(err, errExists) {
-				return fmt.Errorf("not AlreadyExists: %w", err)
-			}
-			return nil
+		{"SaveNew", 0, true, nil, save},
+		{"SaveComplete", 1, false, nil, func(s backend, vers string) error {
+			err := save(s, vers)
+			return unless(Kind(err) == KindAlreadyExists || errors.Is(err, errExists), err)
 		}},
-		{name: "Exists", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
-			ok, err := s.Exists(ctx, testModule, vers)
-			return unless(ok, err)
-		}},
-		{name: "Info", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
-			_, err := s.Info(ctx, testModule, vers)
-			return err
-		}},
-		{name: "GoMod", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
-			_, err := s.GoMod(ctx, testModule, vers)
-			return err
-		}},
-		{name: "Zip", stored: 1, do: func(ctx context.Context, s backend, vers string) error {
-			n, err := readZip(ctx, s, vers)
-			return unless(n == smallZip, err)
-		}},
-		{name: "List1000", stored: 1000, do: func(ctx context.Context, s backend, _ string) error {
+		{"Exists", 1, false, nil, func(s backend, vers string) error { ok, err := s.Exists(ctx, testModule, vers); return unless(ok, err) }},
+		{"Info", 1, false, nil, func(s backend, vers string) error { _, err := s.Info(ctx, testModule, vers); return err }},
+		{"GoMod", 1, false, nil, func(s backend, vers string) error { _, err := s.GoMod(ctx, testModule, vers); return err }},
+		{"Zip", 1, false, nil, func(s backend, vers string) error { n, err := readZip(ctx, s, vers); return unless(n == smallZip, err) }},
+		{"List1000", 1000, false, nil, func(s backend, _ string) error {
 			list, err := s.List(ctx, testModule)
 			return unless(len(list) == 1000, err)
 		}},
-		{name: "Catalog1000", stored: 1000, do: func(ctx context.Context, s backend, _ string) error {
+		{"Catalog1000", 1000, false, nil, func(s backend, _ string) error {
 			page, _, err := s.Catalog(ctx, "", 1000)
 			return unless(len(page) == 1000, err)
 		}},
-		{name: "Delete", fresh: true, before: save, do: func(ctx context.Context, s backend, vers string) error {
-			return s.Delete(ctx, testModule, vers)
-		}},
+		{"Delete", 0, true, save, func(s backend, vers string) error { return s.Delete(ctx, testModule, vers) }},
 	} {
 		for _, of := range backends {
 			b.Run(c.name+"/"+of.name, func(b *testing.B) {
@@ -110,13 +96,13 @@ func BenchmarkCall(b *testing.B) {
 					storeVersions(f, c.stored)
 					s := of.on(f.Machine("a").Bucket)
 					if c.before != nil {
-						fatal(t, c.before(t.Context(), s, "v1.0.0"))
+						fatal(t, c.before(s, "v1.0.0"))
 					}
-					return measure(f, func() { fatal(t, c.do(t.Context(), s, "v1.0.0")) })
+					return measure(f, func() { fatal(t, c.do(s, "v1.0.0")) })
 				})
 
 				s := of.on(startServer(b, "fake", c.stored))
-				ctx, vers := b.Context(), "v1.0.0"
+				vers := "v1.0.0"
 				b.ReportAllocs()
 				for i := 0; b.Loop(); i++ {
 					if c.fresh {
@@ -124,10 +110,10 @@ func BenchmarkCall(b *testing.B) {
 					}
 					if c.before != nil {
 						b.StopTimer()
-						fatal(b, c.before(ctx, s, vers))
+						fatal(b, c.before(s, vers))
 						b.StartTimer()
 					}
-					fatal(b, c.do(ctx, s, vers))
+					fatal(b, c.do(s, vers))
 				}
 				counted.report(b)
 			})
@@ -184,16 +170,12 @@ func BenchmarkSaveHundred(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				peak = max(peak, peakHeap(func() {
-					var group sync.WaitGroup
-					for i := range 100 {
-						group.Go(func() {
-							zip := plain(bytes.NewReader(small.zip))
-							if err := s.Save(b.Context(), testModule, fmt.Sprintf("v1.0.%d", i), small.mod, zip, nil, small.info); err != nil {
-								b.Error(err)
-							}
-						})
-					}
-					group.Wait()
+					together(100, func(i int) {
+						zip := plain(bytes.NewReader(small.zip))
+						if err := s.Save(b.Context(), testModule, fmt.Sprintf("v1.0.%d", i), small.mod, zip, nil, small.info); err != nil {
+							b.Error(err)
+						}
+					})
 				}))
 			}
 			b.ReportMetric(peak, "peak-MiB")
@@ -307,19 +289,17 @@ func BenchmarkZipLarge(b *testing.B) {
 		b.Run(of.name, func(b *testing.B) {
 			bucket := startServer(b, "lean", 0)
 			s := of.on(bucket)
-			read := func() {
-				n, err := readZip(b.Context(), s, testVersion)
-				fatal(b, unless(n == largeZip, err))
+			reads := func(s backend) func() {
+				return func() {
+					n, err := readZip(b.Context(), s, testVersion)
+					fatal(b, unless(n == largeZip, err))
+				}
 			}
-			bare := func() {
-				n, err := readZip(b.Context(), baseline{bucket}, testVersion)
-				fatal(b, unless(n == largeZip, err))
-			}
+			read, bare := reads(s), reads(baseline{bucket})
 			read()
 			bare()
 			peak := peakHeap(read)
-			ratio := pairs(b, largeZip, read, bare)
-			b.ReportMetric(ratio, "x-bare")
+			b.ReportMetric(pairs(b, largeZip, read, bare), "x-bare")
 			b.ReportMetric(peak, "peak-MiB")
 		})
 	}
@@ -330,13 +310,8 @@ func BenchmarkZipLarge(b *testing.B) {
 // peak-MiB is by how much the heap in use grows meanwhile. The line is far faster
 // than any to GCS, so that the client's own share of the time shows.
 func BenchmarkSaveLarge(b *testing.B) {
-	for _, sum := range [][]byte{nil, largeMD5()} {
-		name := "gcs"
-		if sum != nil {
-			name = "gcs-md5"
-		}
-		b.Run(name, func(b *testing.B) { benchmarkLarge(b, backends[0].on, sum) })
-	}
+	b.Run("gcs", func(b *testing.B) { benchmarkLarge(b, backends[0].on, nil) })
+	b.Run("gcs-md5", func(b *testing.B) { benchmarkLarge(b, backends[0].on, largeMD5()) })
 	b.Run("baseline", func(b *testing.B) { benchmarkLarge(b, backends[1].on, nil) })
 }
 
@@ -425,13 +400,10 @@ func fatal(t testing.TB, err error) {
 
 // unless is err, or another error unless ok.
 func unless(ok bool, err error) error {
-	if err == nil && !ok {
-		err = errors.New("not the answer that was expected")
-	}
 	if ok {
 		return nil
 	}
-	return err
+	return cmp.Or(err, errors.New("not the answer that was expected"))
 }
 
 func readZip(ctx context.Context, s backend, vers string) (int64, error) {
@@ -453,18 +425,13 @@ func pairs(b *testing.B, bytes int64, do, bare func()) float64 {
 	}
 	var ratios []float64
 	pair := func(do func()) {
-		var took, bares time.Duration
-		runtime.GC() // or the one pays for the garbage of the other
-		if len(ratios)%2 == 0 {
-			took = timed(do)
-			runtime.GC()
-			bares = timed(bare)
-		} else {
-			bares = timed(bare)
-			runtime.GC()
-			took = timed(do)
+		var took [2]time.Duration
+		for i := range 2 {
+			which := (len(ratios) + i) % 2
+			runtime.GC() // or the one pays for the garbage of the other
+			took[which] = timed([]func(){do, bare}[which])
 		}
-		ratios = append(ratios, float64(took)/float64(bares))
+		ratios = append(ratios, float64(took[0])/float64(took[1]))
 	}
 	b.ReportAllocs()
 	b.SetBytes(bytes)
@@ -567,15 +534,9 @@ func startServer(b *testing.B, kind string, versions int) *storage.BucketHandle 
 		io.Copy(io.Discard, stdout)
 		child.Wait()
 	})
-	endpoint := ""
-	for lines := bufio.NewScanner(stdout); endpoint == ""; {
-		if !lines.Scan() {
-			b.Fatal("the server did not start")
-		}
-		endpoint, _ = strings.CutPrefix(lines.Text(), serverKind+"=")
-		if endpoint == lines.Text() {
-			endpoint = ""
-		}
+	endpoint, lines := "", bufio.NewScanner(stdout)
+	for started := false; !started; endpoint, started = strings.CutPrefix(lines.Text(), serverKind+"=") {
+		fatal(b, unless(lines.Scan(), errors.New("the server did not start")))
 	}
 	wire := &http.Transport{MaxIdleConnsPerHost: 1000}
 	b.Cleanup(wire.CloseIdleConnections)
