@@ -319,9 +319,7 @@ func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []
 	mod, info := []byte("module a"), []byte("{}")
 	bucket := startServer(b, "lean", 0)
 	s := on(bucket)
-	save := func() {
-		fatal(b, s.Save(b.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info))
-	}
+	save := func() { fatal(b, s.Save(b.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info)) }
 	bare := func() { fatal(b, upload(b.Context(), bucket.Object("bare"), newPattern(largeZip))) }
 	save() // connects
 	bare()
@@ -329,9 +327,7 @@ func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []
 	ratio := pairs(b, largeZip, save, bare)
 	inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
 		s := on(f.Machine("a").Bucket)
-		return measure(f, func() {
-			fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info))
-		})
+		return measure(f, func() { fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info)) })
 	}).report(b)
 	b.ReportMetric(ratio, "x-bare")
 	b.ReportMetric(peak, "peak-MiB")

@@ -55,28 +55,16 @@ type row struct {
 }
 
 var rows = []row{
-	{"catalog", true, (*bench).catalog},
-	{"leftovers/catalog", true, (*bench).leftoversInCatalog},
-	{"requests", true, (*bench).requests},
-	{"metadata", false, (*bench).metadata},
-	{"lifecycle", false, (*bench).lifecycle},
-	{"zips", false, (*bench).zips},
-	{"zip of two default chunks", false, (*bench).hugeZip},
-	{"failing readers", false, (*bench).failure},
-	{"contexts", false, (*bench).contexts},
-	{"leftovers/save", false, (*bench).leftoversSave},
-	{"leftovers/exists", false, (*bench).leftoversExists},
-	{"leftovers/read", false, (*bench).leftoversRead},
-	{"leftovers/list", false, (*bench).leftoversList},
-	{"leftovers/scan", false, (*bench).leftoversScan},
-	{"leftovers/repair", false, (*bench).leftoversRepair},
-	{"leftovers/delete", false, (*bench).leftoversDelete},
-	{"fresh", false, (*bench).fresh},
-	{"renewal", false, (*bench).renewal},
-	{"contention", false, (*bench).contention},
-	{"single flight", false, (*bench).singleFlight},
-	{"claims", false, (*bench).claims},
-	{"check", false, (*bench).check},
+	{"catalog", true, (*bench).catalog}, {"leftovers/catalog", true, (*bench).leftoversInCatalog},
+	{"requests", true, (*bench).requests}, {"metadata", false, (*bench).metadata}, {"lifecycle", false, (*bench).lifecycle},
+	{"zips", false, (*bench).zips}, {"zip of two default chunks", false, (*bench).hugeZip},
+	{"failing readers", false, (*bench).failure}, {"contexts", false, (*bench).contexts},
+	{"leftovers/save", false, (*bench).leftoversSave}, {"leftovers/exists", false, (*bench).leftoversExists},
+	{"leftovers/read", false, (*bench).leftoversRead}, {"leftovers/list", false, (*bench).leftoversList},
+	{"leftovers/scan", false, (*bench).leftoversScan}, {"leftovers/repair", false, (*bench).leftoversRepair},
+	{"leftovers/delete", false, (*bench).leftoversDelete}, {"fresh", false, (*bench).fresh}, {"renewal", false, (*bench).renewal},
+	{"contention", false, (*bench).contention}, {"single flight", false, (*bench).singleFlight},
+	{"claims", false, (*bench).claims}, {"check", false, (*bench).check},
 }
 
 func (c column) run(t *testing.T) {

@@ -50,13 +50,10 @@ func TestKind(t *testing.T) {
 		err  error
 		kind int
 	}{
-		{"nil", nil, 0},
-		{"another's", io.EOF, KindUnexpected},
-		{"ours", notFound, KindNotFound},
+		{"nil", nil, 0}, {"another's", io.EOF, KindUnexpected}, {"ours", notFound, KindNotFound},
 		{"wrapped", fmt.Errorf("stash: %w", notFound), KindNotFound},
 		{"the outer of two", &Error{Kind: KindRateLimit, Err: notFound}, KindRateLimit},
-		{"joined", errors.Join(io.EOF, notFound), KindNotFound},
-		{"without a kind", &Error{Err: io.EOF}, KindUnexpected},
+		{"joined", errors.Join(io.EOF, notFound), KindNotFound}, {"without a kind", &Error{Err: io.EOF}, KindUnexpected},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			require.Equal(t, tc.kind, Kind(tc.err))
@@ -114,11 +111,9 @@ func TestErrorsOfBothTransports(t *testing.T) {
 		{"PermissionDenied", asAPI(t, codes.PermissionDenied), KindUnexpected, "forbidden"},
 		{"bare PermissionDenied", asStatus(codes.PermissionDenied), KindUnexpected, "forbidden"},
 		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindNotFound, "absent"},
-		{"HTTP 401", asGoogle(401, ""), KindUnexpected, ""},
-		{"HTTP 400", asGoogle(400, ""), KindUnexpected, ""},
+		{"HTTP 401", asGoogle(401, ""), KindUnexpected, ""}, {"HTTP 400", asGoogle(400, ""), KindUnexpected, ""},
 		{"InvalidArgument", asAPI(t, codes.InvalidArgument), KindUnexpected, ""},
-		{"HTTP 503", asGoogle(503, ""), KindUnexpected, "transient"},
-		{"HTTP 501", asGoogle(501, ""), KindUnexpected, ""},
+		{"HTTP 503", asGoogle(503, ""), KindUnexpected, "transient"}, {"HTTP 501", asGoogle(501, ""), KindUnexpected, ""},
 		{"Unimplemented", asAPI(t, codes.Unimplemented), KindUnexpected, ""},
 		{"HTTP 500", asGoogle(500, ""), KindUnexpected, "transient"},
 		{"HTTP 408", asGoogle(408, ""), KindUnexpected, "transient"},
@@ -126,8 +121,7 @@ func TestErrorsOfBothTransports(t *testing.T) {
 		{"Unavailable", asAPI(t, codes.Unavailable), KindUnexpected, "transient"},
 		{"bare Unavailable", asStatus(codes.Unavailable), KindUnexpected, "transient"},
 		{"Internal", asAPI(t, codes.Internal), KindUnexpected, "transient"},
-		{"Aborted", asAPI(t, codes.Aborted), KindUnexpected, "transient"},
-		{"EOF", io.EOF, KindUnexpected, "transient"},
+		{"Aborted", asAPI(t, codes.Aborted), KindUnexpected, "transient"}, {"EOF", io.EOF, KindUnexpected, "transient"},
 		{"EOF of a request", fmt.Errorf("Post: %w", io.EOF), KindUnexpected, "transient"},
 		{"unexpected EOF", io.ErrUnexpectedEOF, KindUnexpected, "transient"},
 		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, KindUnexpected, "transient"},

@@ -13,9 +13,7 @@ import (
 )
 
 // longModule makes object names of size bytes with the version v1.0.0.
-func longModule(size int) string {
-	return strings.Repeat("m", size-len("/@v/v1.0.0.info"))
-}
+func longModule(size int) string { return strings.Repeat("m", size-len("/@v/v1.0.0.info")) }
 
 var badModules = []struct{ name, module string }{
 	{"empty", ""}, {"NUL", "a\x00b"}, {"newline", "a\nb"}, {"carriage return", "a\rb"}, {"DEL", "a\x7fb"},
