@@ -155,8 +155,7 @@ func TestErrorsOfBothTransports(t *testing.T) {
 // A verdict stands, whatever the context: nothing was asked of GCS, or the
 // answer was there already.
 func TestVerdicts(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
+	ctx := contextEnds(t.Context(), 0)[0]
 	for kind, err := range map[int]error{
 		KindBadRequest:    badRequest("module", errors.New("is empty")),
 		KindAlreadyExists: errExists,
@@ -202,9 +201,7 @@ func TestWithErrors(t *testing.T) {
 		}))
 	}
 	forEveryCall(t, make, func(t *testing.T, f *fakeGCS, name string, call func(context.Context) error) {
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		err := call(ctx)
+		err := call(contextEnds(t.Context(), 0)[0])
 		require.IsType(t, foreignError{}, err)
 		require.ErrorIs(t, err, context.Canceled)
 		require.Equal(t, KindUnexpected, Kind(err))
@@ -224,16 +221,9 @@ func TestWithErrorsOfStreams(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		s := f.storage("m", WithErrors(func(e *Error) error { return foreignError{e} }))
 		storeVersion(f, testModule, testVersion)
-		gets := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op != "get" {
-				return fakegcs.TooMany
-			}
-			if gets++; gets == 1 {
-				return fakegcs.LostBody
-			}
-			return fakegcs.Hung
-		})
+		f.fault(fakegcs.TooMany, on("", "list", ""))
+		f.fault(fakegcs.Hung, on("", "get", ""))
+		f.fault(fakegcs.LostBody, first(1, on("", "get", "")))
 		zip, err := s.Zip(within(t, time.Minute), testModule, testVersion)
 		require.NoError(t, err)
 		_, err = io.ReadAll(zip)

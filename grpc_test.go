@@ -126,9 +126,7 @@ func TestReadErrors(t *testing.T) {
 				requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
 				return err
 			}
-			ctx, cancel := context.WithCancel(t.Context())
-			cancel()
-			require.ErrorIs(t, fails(ctx, KindUnexpected), context.Canceled)
+			require.ErrorIs(t, fails(contextEnds(t.Context(), 0)[0], KindUnexpected), context.Canceled)
 			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
 				f.fault(fault, on("", "", ""))
 				require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)

@@ -189,10 +189,7 @@ func stockProgram(t *testing.T) server {
 	s := connect(t, wire, option.WithEndpoint("http://"+host+":"+port+"/storage/v1/"))
 	require.Eventually(t, func() bool {
 		conn, err := net.Dial("tcp", host+":"+port)
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
+		return err == nil && conn.Close() == nil
 	}, 30*time.Second, 10*time.Millisecond, "the program does not listen: %s", &log)
 	return s
 }

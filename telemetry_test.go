@@ -125,6 +125,7 @@ func TestSpans(t *testing.T) {
 		}
 	}
 	stored := func(f *fakeGCS) { storeVersion(f, testModule, testVersion) }
+	unlisted := func(f *fakeGCS) { f.Deny("storage.objects.list") }
 	module, master := ModuleVersion{testModule, ""}, ModuleVersion{testModule, "master"}
 	for _, test := range []struct {
 		name    string
@@ -143,9 +144,7 @@ func TestSpans(t *testing.T) {
 		{"a zip that breaks off", nil, saveOf(iotest.ErrReader(broken)), "gcs.Save", testVersionName, "failed", broken},
 		{"a nil zip", nil, saveOf(nil), "gcs.Save", testVersionName, "failed", errors.New("nil")},
 		{"exists", nil, the("Exists"), "gcs.Exists", testVersionName, "ok", nil},
-		{"exists without permission", func(f *fakeGCS) {
-			f.Deny("storage.objects.list")
-		}, the("Exists"), "gcs.Exists", testVersionName, "failed", errors.New("storage.objects.list")},
+		{"exists without permission", unlisted, the("Exists"), "gcs.Exists", testVersionName, "failed", errors.New("storage.objects.list")},
 		{"info", stored, the("Info"), "gcs.Info", testVersionName, "ok", nil},
 		{"no info", nil, the("Info"), "gcs.Info", testVersionName, "not found", nil},
 		{"go.mod", stored, the("GoMod"), "gcs.GoMod", testVersionName, "ok", nil},
@@ -159,9 +158,7 @@ func TestSpans(t *testing.T) {
 		{"delete", stored, the("Delete"), "gcs.Delete", testVersionName, "ok", nil},
 		{"delete nothing", nil, the("Delete"), "gcs.Delete", testVersionName, "not found", nil},
 		{"a context that has ended", nil, func(ctx context.Context, s *Storage) error {
-			ctx, cancel := context.WithCancel(ctx)
-			cancel()
-			return the("Exists")(ctx, s)
+			return the("Exists")(contextEnds(ctx, 0)[0], s)
 		}, "gcs.Exists", testVersionName, "failed", context.Canceled},
 		{"stash", nil, stashOf(testVersion, nil), "gcs.Stash", testVersionName, "ok", nil},
 		{"stash of what another has saved", nil, stashOf("master", &Error{Kind: KindAlreadyExists, Module: testModule}), "gcs.Stash", master, "ok", nil},
@@ -306,44 +303,42 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 		{"stash behind a fetch", "fetch", extClaim, stash, claimStale},
 	} {
 		for _, left := range []struct {
-			name   string
-			waits  bool
-			warns  bool
-			marker func(now time.Time) map[string]string
+			name         string
+			waits, warns bool
+			renewed      func(now time.Time) time.Time
 		}{
-			{"fresh", true, true, func(now time.Time) map[string]string { return marked(now, "dead") }},
-			{"nearly stale", false, true, func(now time.Time) map[string]string {
-				return marked(now.Add(4*time.Second-test.threshold), "dead")
-			}},
-			{"stale", false, true, func(now time.Time) map[string]string { return marked(now.Add(-time.Hour), "dead") }},
-			{"given up", false, false, func(time.Time) map[string]string { return marked(givenUp, "dead") }},
+			{"fresh", true, true, func(now time.Time) time.Time { return now }},
+			{"nearly stale", false, true, func(now time.Time) time.Time { return now.Add(4*time.Second - test.threshold) }},
+			{"stale", false, true, func(now time.Time) time.Time { return now.Add(-time.Hour) }},
+			{"given up", false, false, func(time.Time) time.Time { return givenUp }},
 		} {
 			run(t, test.name+" "+left.name, inCrowd, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
 				start := time.Now()
-				f.Put(objectName(test.ext), nil, left.marker(start))
+				f.Put(objectName(test.ext), nil, marked(left.renewed(start), "dead"))
 				time.Sleep(time.Second)
 				log := &syncedLog{}
 				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
 				waiting := slices.DeleteFunc(log.lines(slog.LevelInfo), func(line string) bool { return !strings.Contains(line, "waiting") })
+				about := " module=" + testModule + " version=" + testVersion
 				if left.waits {
 					require.Len(t, waiting, 1)
 					stamp := func(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05") }
-					require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`" module=`+testModule+" version="+testVersion)
+					require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`"`+about)
 					require.Contains(t, waiting[0], " since="+stamp(start.Add(time.Second)))
 					require.Contains(t, waiting[0], " renewed="+stamp(start))
 					require.Contains(t, waiting[0], " until="+stamp(start.Add(test.threshold)))
 				} else {
 					require.Empty(t, waiting)
 				}
+				warnings := log.lines(slog.LevelWarn)
 				if !left.warns {
-					require.Empty(t, log.lines(slog.LevelWarn))
+					require.Empty(t, warnings)
 					require.Zero(t, w.takeovers())
 					return
 				}
-				warnings := log.lines(slog.LevelWarn)
 				require.Len(t, warnings, 1)
-				require.Contains(t, warnings[0], `msg="took over from a `+test.what+` that stopped renewing its marker" module=`+testModule+" version="+testVersion+" age=")
+				require.Contains(t, warnings[0], `msg="took over from a `+test.what+` that stopped renewing its marker"`+about+" age=")
 				require.EqualValues(t, 1, w.takeovers())
 			})
 		}
@@ -424,8 +419,7 @@ func TestHealedIsLogged(t *testing.T) {
 		kind    int // of its error
 		message string
 	}{
-		{"partial", func(f *fakeGCS) { leave(f, nil, extMod, extInfo) }, "Save", 0,
-			`level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`},
+		{"partial", func(f *fakeGCS) { leave(f, nil, extMod, extInfo) }, "Save", 0, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`},
 		{"abandoned", abandoned, "Save", 0, `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=abandoned`},
 		{"unfinished", leaveUnfinished, "Save", KindAlreadyExists, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
 		{"unfinished", leaveUnfinished, "Exists", 0, `level=INFO msg="finished another's save" module=example.com/mod version=v1.0.0`},
