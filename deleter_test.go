@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -18,13 +17,9 @@ func TestDeleteSubsets(t *testing.T) {
 	for subset := range 8 {
 		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(time.Now(), "a")} {
 			run(t, fmt.Sprintf("%03b, %v", subset, mark), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				neighbours := []ModuleVersion{
-					{testModule, "v1.0.0-rc.1"}, {testModule, "v1.0.0.1"}, {testModule, "v1.0"}, {testModule, "v1.0.0.info"},
-					{testModule + "/v2", testVersion}, {testModule + "-other", testVersion},
-				}
-				for _, v := range neighbours {
-					storeVersion(f, v.Module, v.Version)
-				}
+				storeVersion(f, testModule, "v1.0.0-rc.1", "v1.0.0.1", "v1.0", "v1.0.0.info")
+				storeVersion(f, testModule+"/v2", testVersion)
+				storeVersion(f, testModule+"-other", testVersion)
 				kept := f.Names()
 				storeFiles(f, testModule, testVersion, subsetOf(subset)...)
 				objects := len(subsetOf(subset))
@@ -118,14 +113,11 @@ func TestDeleteTwice(t *testing.T) {
 		run(t, fmt.Sprint(offset), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 			storeVersion(f, testModule, testVersion)
 			f.SetLatency(100 * time.Millisecond)
-			var wg sync.WaitGroup
 			errs := make([]error, 2)
-			wg.Go(func() { errs[0] = s.Delete(t.Context(), testModule, testVersion) })
-			wg.Go(func() {
-				time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
-				errs[1] = f.storage("second").Delete(t.Context(), testModule, testVersion)
-			})
-			wg.Wait()
+			wait := alongside(func() { errs[0] = s.Delete(t.Context(), testModule, testVersion) })
+			time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
+			errs[1] = f.storage("second").Delete(t.Context(), testModule, testVersion)
+			wait()
 			require.Contains(t, errs, nil)
 			for _, err := range errs {
 				require.True(t, err == nil || Is(err, KindNotFound), "%v", err)
@@ -145,20 +137,17 @@ func TestDeleteDuringSave(t *testing.T) {
 					storeFiles(f, testModule, testVersion, extInfo, extZip)
 				}
 				f.SetLatency(100 * time.Millisecond)
-				var wg sync.WaitGroup
-				var saveErr, deleteErr error
-				var saved, deleted time.Time
-				wg.Go(func() {
+				var saveErr error
+				var saved time.Time
+				wait := alongside(func() {
 					saveErr = saveVersion(t.Context(), s, testModule, testVersion)
 					saved = time.Now()
 				})
-				started := time.Now().Add(time.Duration(offset) * 25 * time.Millisecond)
-				wg.Go(func() {
-					time.Sleep(time.Until(started))
-					deleteErr = f.storage("deleter").Delete(t.Context(), testModule, testVersion)
-					deleted = time.Now()
-				})
-				wg.Wait()
+				time.Sleep(time.Duration(offset) * 25 * time.Millisecond)
+				started := time.Now()
+				deleteErr := f.storage("deleter").Delete(t.Context(), testModule, testVersion)
+				deleted := time.Now()
+				wait()
 
 				if saveErr != nil { // it is deleted while it is saved
 					require.ErrorIs(t, saveErr, errFenced)
@@ -200,11 +189,11 @@ func TestDeleteRaces(t *testing.T) {
 	// Once the .mod is gone, a new save may begin. What it stores is not deleted.
 	run(t, "spares its successor", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeVersion(f, testModule, testVersion)
-		saved := false
-		besideMod := func(r *fakegcs.Request) bool { return on("m", "delete", "")(r) && r.Object != objectName(extMod) }
-		f.atFirst(besideMod, func() { saved = saveVersion(t.Context(), f.storage("saver"), testModule, testVersion) == nil })
+		saved := errNothing
+		besideMod := but(on("m", "delete", ""), on("", "", extMod))
+		f.atFirst(besideMod, func() { saved = saveVersion(t.Context(), f.storage("saver"), testModule, testVersion) })
 		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-		require.True(t, saved)
+		require.NoError(t, saved)
 		requireExists(t, s, testVersion, true)
 	})
 
@@ -212,8 +201,7 @@ func TestDeleteRaces(t *testing.T) {
 	// removes all of it.
 	run(t, "of a committed save", inCrowd, func(t *testing.T, f *fakeGCS) {
 		listed, saved := make(chan struct{}), make(chan struct{})
-		f.before(on("a", "insert", extInfo), func() { <-listed })
-		f.before(on("a", "insert", extZip), func() { <-listed })
+		f.before(but(on("a", "insert", ""), on("", "", extMod)), func() { <-listed })
 		f.before(on("d", "delete", extMod), func() { <-saved })
 		f.after(first(1, on("d", "list", "")), func() { close(listed) })
 		wait := alongside(func() {

@@ -21,12 +21,8 @@ func TestReads(t *testing.T) {
 		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", []byte("the mod"), strings.NewReader("the zip"), nil, []byte("the info")))
 
 		f.ResetLog()
-		info, err := s.Info(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.Equal(t, "the info", string(info))
-		mod, err := s.GoMod(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.Equal(t, "the mod", string(mod))
+		returns(t, []byte("the info"))(s.Info(t.Context(), "m", "v1.0.0"))
+		returns(t, []byte("the mod"))(s.GoMod(t.Context(), "m", "v1.0.0"))
 		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
 		require.EqualValues(t, len("the zip"), zip.Size())
@@ -45,9 +41,7 @@ func TestReads(t *testing.T) {
 	run(t, "empty files", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", nil, strings.NewReader(""), nil, nil))
 		for _, read := range readers {
-			content, err := read(t.Context(), s, "m", "v1.0.0")
-			require.NoError(t, err)
-			require.Empty(t, content)
+			returns(t, "")(read(t.Context(), s, "m", "v1.0.0"))
 		}
 		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
 		require.NoError(t, err)
@@ -65,14 +59,8 @@ func TestReads(t *testing.T) {
 
 // readers are the methods that read an object, as far as to its last byte.
 var readers = map[string]func(ctx context.Context, s *Storage, module, vers string) (string, error){
-	"Info": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
-		b, err := s.Info(ctx, module, vers)
-		return string(b), err
-	},
-	"GoMod": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
-		b, err := s.GoMod(ctx, module, vers)
-		return string(b), err
-	},
+	"Info":  reading((*Storage).Info),
+	"GoMod": reading((*Storage).GoMod),
 	"Zip": func(ctx context.Context, s *Storage, module, vers string) (string, error) {
 		r, err := s.Zip(ctx, module, vers)
 		if err != nil {
@@ -84,6 +72,13 @@ var readers = map[string]func(ctx context.Context, s *Storage, module, vers stri
 		b, err := io.ReadAll(r)
 		return string(b), errors.Join(err, r.Close())
 	},
+}
+
+func reading(method func(*Storage, context.Context, string, string) ([]byte, error)) func(context.Context, *Storage, string, string) (string, error) {
+	return func(ctx context.Context, s *Storage, module, vers string) (string, error) {
+		b, err := method(s, ctx, module, vers)
+		return string(b), err
+	}
 }
 
 // forReaders runs a test for each of the readers.
@@ -102,13 +97,11 @@ func TestReadMissing(t *testing.T) {
 		storeVersion(f, "m/v2", "v1.0.0")
 		f.Remove("m/@v/v1.0.0." + extOf[op])
 		for other := range readers {
-			content, err := readers[other](t.Context(), s, "m", "v1.0.0")
-			if other == op {
+			if content, err := readers[other](t.Context(), s, "m", "v1.0.0"); other == op {
 				requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
 				require.ErrorIs(t, err, storage.ErrObjectNotExist)
 			} else {
-				require.NoError(t, err)
-				require.Equal(t, extOf[other]+" of v1.0.0", content)
+				returns(t, extOf[other]+" of v1.0.0")(content, err)
 			}
 		}
 		require.Len(t, f.Log(), 3)
@@ -143,15 +136,8 @@ func bigZip() []byte {
 // breakFirst breaks the first answer off in the middle, and does something before
 // the next request.
 func breakFirst(f *fakeGCS, before func()) {
-	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-		switch r.N {
-		case 0:
-			return fakegcs.LostBody
-		case 1:
-			before()
-		}
-		return fakegcs.NoFault
-	})
+	f.fault(fakegcs.LostBody, nth("m", 0))
+	f.before(nth("m", 1), before)
 }
 
 func TestZip(t *testing.T) {
@@ -224,12 +210,8 @@ func TestZipBreaksForGood(t *testing.T) {
 func TestZipBreaksWithoutEnd(t *testing.T) {
 	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Unavailable, fakegcs.Hung}, func(t *testing.T, f *fakeGCS, then fakegcs.Fault) {
 		f.Put(objectName(extZip), make([]byte, 1<<20), nil)
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.N == 0 {
-				return fakegcs.LostBody
-			}
-			return then
-		})
+		f.fault(then, on("a", "", ""))
+		f.fault(fakegcs.LostBody, nth("a", 0))
 		r, err := f.storage("a").Zip(within(t, 24*time.Hour), testModule, testVersion)
 		require.NoError(t, err)
 		time.Sleep(time.Hour) // who reads may take his time

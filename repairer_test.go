@@ -2,12 +2,15 @@ package gcs
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 var testVersionName = ModuleVersion{testModule, testVersion}
@@ -25,9 +28,7 @@ func TestRepairStates(t *testing.T) {
 			require.Len(t, f.Log(), c.requests)
 			switch {
 			case c.repaired == Absent:
-				for _, ext := range []string{extInfo, extMod, extZip} {
-					delete(want, objectName(ext))
-				}
+				maps.DeleteFunc(want, func(name string, _ *fakegcs.Object) bool { return name != objectName(extClaim) })
 			case c.state == Unfinished:
 				mod := f.Get(objectName(extMod))
 				require.Empty(t, mod.Metadata)
@@ -43,14 +44,12 @@ func TestRepairStates(t *testing.T) {
 
 // A listing can miss an object that was stored while it was made.
 func TestRepairNeedsTwoListings(t *testing.T) {
-	for _, ext := range []string{extInfo, extMod, extZip} {
-		run(t, ext, inCrowd, func(t *testing.T, f *fakeGCS) {
-			storeVersion(f, testModule, testVersion)
-			before := f.Objects()
-			returns(t, Complete)(missing(f, ext).Repair(t.Context(), testModule, testVersion))
-			require.Equal(t, before, f.Objects())
-		})
-	}
+	forEach(t, inCrowd, allExts, func(t *testing.T, f *fakeGCS, ext string) {
+		storeVersion(f, testModule, testVersion)
+		before := f.Objects()
+		returns(t, Complete)(missing(f, ext).Repair(t.Context(), testModule, testVersion))
+		require.Equal(t, before, f.Objects())
+	})
 }
 
 // Whatever Repair finds, and at whichever of its requests a save comes between, it
@@ -121,16 +120,9 @@ func TestRepairDuringSave(t *testing.T) {
 // .mod is removed. It is then of the same generation, and stays.
 func TestRepairOfLivingSave(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		a, saved := contentOf("a", 100), make(chan struct{})
-		refused := false
-		f.atFirst(on("r", "delete", ""), func() {
-			<-saved
-			refused = true
-		})
-		go func() {
-			defer close(saved)
-			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second))
-		}()
+		a, refused := contentOf("a", 100), false
+		wait := alongside(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second)) })
+		f.atFirst(on("r", "delete", ""), func() { wait(); refused = true })
 		time.Sleep(time.Second)
 		returns(t, Complete)(ahead(f, "r").Repair(t.Context(), testModule, testVersion))
 		require.True(t, refused)

@@ -184,9 +184,7 @@ func TestScan(t *testing.T) {
 	run(t, "stops", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeFiles(f, testModule, "v1.0.0", extInfo)
 		storeFiles(f, testModule, "v2.0.0", extInfo)
-		for range s.Scan(t.Context(), "") {
-			break
-		}
+		s.Scan(t.Context(), "")(func(VersionStatus, error) bool { return false })
 		require.Len(t, f.Log(), 2)
 		synctest.Wait()
 		requireNothingInFlight(t, f)
@@ -196,10 +194,7 @@ func TestScan(t *testing.T) {
 	run(t, "deleted", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		storeFiles(f, testModule, testVersion, extInfo)
 		f.after(first(1, on("", "list", "")), func() { f.Remove(objectName(extInfo)) })
-		for status, err := range s.Scan(t.Context(), testModule) {
-			require.NoError(t, err)
-			t.Errorf("%+v", status)
-		}
+		require.Empty(t, scanned(t, s, testModule))
 	})
 }
 
@@ -231,16 +226,9 @@ func TestScanOfChanging(t *testing.T) {
 			for _, call := range []string{"Scan", "List"} {
 				withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
 					stateCase{files: c.found}.put(f, testVersionName)
-					f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-						if r.N > 0 && r.N <= c.times {
-							c.change(f)
-						}
-						return fakegcs.NoFault
-					})
+					f.before(func(r *fakegcs.Request) bool { return r.N > 0 && r.N <= c.times }, func() { c.change(f) })
 					if call == "List" {
-						list, err := s.List(t.Context(), testModule)
-						require.NoError(t, err)
-						require.Equal(t, c.complete, len(list) == 1)
+						requireList(t, s, testModule, map[bool][]string{true: {testVersion}}[c.complete]...)
 						require.Len(t, f.Log(), c.listed)
 						return
 					}

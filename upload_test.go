@@ -95,10 +95,7 @@ func TestSaveOfReader(t *testing.T) {
 // leaves nothing behind, and does not wait for the .info, which hangs.
 func TestSaveOfPanickingReader(t *testing.T) {
 	var none *bytes.Buffer
-	for how, stop := range map[string]func(){
-		"panic":  func() { none.Len() },
-		"Goexit": runtime.Goexit,
-	} {
+	for how, stop := range map[string]func(){"panic": func() { none.Len() }, "Goexit": runtime.Goexit} {
 		for name, size := range heads {
 			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
 				f.fault(fakegcs.Hung, on("", "insert", extInfo))
@@ -109,14 +106,13 @@ func TestSaveOfPanickingReader(t *testing.T) {
 				})
 				start, returned := time.Now(), false
 				var recovered any
-				wait := alongside(func() {
+				alongside(func() {
 					defer func() { recovered = recover() }()
 					// The context does not end, and stops nothing that is left.
 					s := f.storage("a", WithChunkSize(faultChunk))
 					_ = s.Save(context.Background(), testModule, testVersion, nil, zip, nil, nil)
 					returned = true
-				})
-				wait()
+				})()
 				require.False(t, returned)
 				require.Equal(t, how == "panic", recovered != nil)
 				require.Less(t, time.Since(start), 2*time.Second)
@@ -147,12 +143,7 @@ func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
 // the version.
 func TestOwnZipIsNotReplaced(t *testing.T) {
 	type testCase struct{ refused, finished bool }
-	forNamed(t, inCrowd, map[string]testCase{
-		"start refused, finished": {true, true},
-		"hung, finished":          {false, true},
-		"start refused":           {true, false},
-		"hung":                    {false, false},
-	}, func(t *testing.T, f *fakeGCS, c testCase) {
+	forEach(t, inCrowd, []testCase{{true, true}, {false, true}, {true, false}, {false, false}}, func(t *testing.T, f *fakeGCS, c testCase) {
 		a, other := contentOf("a", 3*faultChunk-1), contentOf("x", 3*faultChunk-1)
 		var generation int64
 		arrive := func() {
@@ -264,8 +255,7 @@ func TestSaveBadRequestOfAnotherReason(t *testing.T) {
 			return answer(http.StatusBadRequest, "Bucket is a requester pays bucket but no user project provided.")
 		})
 		s.bucket.chunkSize = 256 << 10
-		err := contentOf("a", 3<<20).save(t.Context(), s)
-		require.Equal(t, KindUnexpected, Kind(err))
+		requireKind(t, contentOf("a", 3<<20).save(t.Context(), s), KindUnexpected)
 	})
 }
 
@@ -324,10 +314,8 @@ func TestSlowLine(t *testing.T) {
 		chunk, rate int
 		enough      bool
 	}{
-		{defaultChunkSize, 222 << 10, true},
-		{defaultChunkSize, 221 << 10, false},
-		{256 << 10, 24 << 10, true},
-		{256 << 10, 23 << 10, false},
+		{defaultChunkSize, 222 << 10, true}, {defaultChunkSize, 221 << 10, false},
+		{256 << 10, 24 << 10, true}, {256 << 10, 23 << 10, false},
 	} {
 		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
 			m := f.Register("a")
