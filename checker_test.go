@@ -133,20 +133,14 @@ func TestExistsStates(t *testing.T) {
 				c := stateCases()[i]
 				c.put(f, testVersionName)
 				want := f.Objects()
-				var ok bool
-				var err error
-				switch op {
+				switch complete := c.repaired == Complete; op {
 				case "Exists":
-					ok, err = s.Exists(t.Context(), testModule, testVersion)
+					requireExists(t, s, testVersion, complete)
 				case "List":
-					var list []string
-					list, err = s.List(t.Context(), testModule)
-					ok = slices.Equal(list, []string{testVersion})
+					requireList(t, s, testModule, map[bool][]string{true: {testVersion}}[complete]...)
 				case "Catalog":
-					ok = slices.Equal(catalogOf(t, s, 0), []ModuleVersion{testVersionName})
+					require.Equal(t, complete, slices.Equal(catalogOf(t, s, 0), []ModuleVersion{testVersionName}))
 				}
-				require.NoError(t, err)
-				require.Equal(t, c.repaired == Complete, ok)
 				requests := []string{"list"}
 				if c.state == Unfinished {
 					mod := f.Get(objectName(extMod))
@@ -273,11 +267,7 @@ func TestExistsRaces(t *testing.T) {
 		{"taken over", func(f *fakeGCS) { f.Put(mod, []byte("other"), marked(time.Now(), "b")) }, false},
 		{"saved anew", func(f *fakeGCS) { storeVersion(f, testModule, testVersion) }, true},
 		{"the .mod is deleted", func(f *fakeGCS) { f.Remove(mod) }, false},
-		{"deleted", func(f *fakeGCS) {
-			for _, name := range f.Names() {
-				f.Remove(name)
-			}
-		}, false},
+		{"deleted", func(f *fakeGCS) { removeVersion(f, testVersionName) }, false},
 	} {
 		run(t, tc.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 			unfinishedVersion(f, testVersionName)
@@ -386,11 +376,7 @@ func FuzzState(f *testing.F) {
 func TestMarkerAtTheThreshold(t *testing.T) {
 	now := time.Now()
 	const threshold = time.Minute
-	for ahead, fresh := range map[time.Duration]bool{
-		threshold - 1: true,
-		threshold:     false,
-		threshold + 1: true, // by the clock of GCS
-	} {
+	for ahead, fresh := range map[time.Duration]bool{threshold - 1: true, threshold: false, threshold + 1: true} { // the last by the clock of GCS
 		require.Equal(t, fresh, marker{now.Add(ahead), now}.isFresh(now, threshold), ahead)
 	}
 	require.False(t, marker{now.Add(-threshold), now}.isFresh(now, threshold))
@@ -402,8 +388,7 @@ func TestGivenUpIsNeverFresh(t *testing.T) {
 		"endless threshold": func(s *Storage) { s.SetStaleThreshold(math.MaxInt64) },
 		"clock of 1970":     func(s *Storage) { s.now = func() time.Time { return givenUp.Add(time.Minute) } },
 	}, func(t *testing.T, f *fakeGCS, set func(*Storage)) {
-		f.Put(objectName(extMod), []byte("module old"), marked(givenUp, "old"))
-		time.Sleep(time.Second)
+		leave(f, marked(givenUp, "old"), extMod)
 		a, s := contentOf("a", 100), f.storage("a")
 		set(s)
 		require.NoError(t, a.save(within(t, time.Second), s))

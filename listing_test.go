@@ -19,9 +19,7 @@ import (
 func TestSmearedListing(t *testing.T) {
 	takeOver := func(f *fakeGCS) {
 		mod := f.Put(objectName(extMod), nil, marked(time.Now(), "b"))
-		for _, ext := range []string{extInfo, extZip} {
-			f.Put(objectName(ext), nil, map[string]string{keySaveID: "b", keyGeneration: formatGeneration(mod)})
-		}
+		f.put(testVersionName, nil, map[string]string{keySaveID: "b", keyGeneration: formatGeneration(mod)}, extInfo, extZip)
 	}
 	scenes := map[string]struct {
 		found  []string
@@ -38,9 +36,7 @@ func TestSmearedListing(t *testing.T) {
 			"Exists": {false, true}, "List": {0, 1}, "Scan": {InProgress, Complete}, "Repair": {InProgress, Complete}, "Save": {KindAlreadyExists},
 		}},
 		"deleted": {[]string{extMod, extInfo, extZip}, func(f *fakeGCS) {
-			for _, ext := range []string{extMod, extInfo, extZip} {
-				f.Remove(objectName(ext))
-			}
+			removeVersion(f, testVersionName)
 		}, map[string][]any{
 			"Exists": {false, true}, "List": {0, 1}, "Scan": {nil, Complete}, "Repair": {Absent, Complete},
 		}},

@@ -116,10 +116,10 @@ func TestRepairDuringSave(t *testing.T) {
 	}
 }
 
-// A save that looks dead to Repair, whose clock is ahead, commits just before its
-// .mod is removed. It is then of the same generation, and stays.
-func TestRepairOfLivingSave(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+func TestRepair(t *testing.T) {
+	// A save that looks dead to Repair, whose clock is ahead, commits just before its
+	// .mod is removed. It is then of the same generation, and stays.
+	run(t, "of a living save", inCrowd, func(t *testing.T, f *fakeGCS) {
 		a, refused := contentOf("a", 100), false
 		wait := alongside(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second)) })
 		f.atFirst(on("r", "delete", ""), func() { wait(); refused = true })
@@ -127,6 +127,12 @@ func TestRepairOfLivingSave(t *testing.T) {
 		returns(t, Complete)(ahead(f, "r").Repair(t.Context(), testModule, testVersion))
 		require.True(t, refused)
 		requireStored(t, f, a)
+	})
+
+	run(t, "bad request", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+		_, err := s.Repair(t.Context(), testModule, "")
+		requireError(t, err, KindBadRequest, "gcs.Repair", testModule, "")
+		require.Empty(t, f.Log())
 	})
 }
 
@@ -155,12 +161,4 @@ func TestRepairForbidden(t *testing.T) {
 			})
 		}
 	}
-}
-
-func TestRepairBadRequest(t *testing.T) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		_, err := s.Repair(t.Context(), testModule, "")
-		requireError(t, err, KindBadRequest, "gcs.Repair", testModule, "")
-		require.Empty(t, f.Log())
-	})
 }

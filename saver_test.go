@@ -198,16 +198,24 @@ func (d sleepReader) Read([]byte) (int, error) {
 	return 0, io.EOF
 }
 
-// A zip that takes longer than the stale threshold is not taken over, because
-// its marker is renewed; after it, the commit waits until it may.
-func TestSaveSlowZip(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
+func TestSave(t *testing.T) {
+	// A zip that takes longer than the stale threshold is not taken over, because
+	// its marker is renewed; after it, the commit waits until it may.
+	run(t, "slow zip", inBubble, func(t *testing.T, f *fakeGCS) {
 		f.EnforceRates(true)
 		a := contentOf("a", 100)
 		// The last renewal is under way when the zip is done.
 		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
 		requireStored(t, f, a)
 		require.InDelta(t, 10*60/30+1, renewed(t, f, extMod), 1) // the commit is one more
+	})
+
+	run(t, "heals and says so", inBubble, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extMod), []byte("poisoned"), nil)
+		time.Sleep(time.Second)
+		var log syncedLog
+		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", log.option())))
+		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }
 
@@ -477,16 +485,6 @@ func TestSaveDeleted(t *testing.T) {
 		requireFenced(t, a.save(t.Context(), f.storage("a")))
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
-	})
-}
-
-func TestSaveHealsAndSaysSo(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extMod), []byte("poisoned"), nil)
-		time.Sleep(time.Second)
-		var log syncedLog
-		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", log.option())))
-		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
 	})
 }
 

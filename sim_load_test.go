@@ -16,8 +16,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A load is what many callers want of a few machines at once.
@@ -104,10 +102,7 @@ func requireUploads(t *testing.T, f *fakeGCS, failed map[string]int) {
 // proves that no goroutine is left behind.
 func TestLoad(t *testing.T) {
 	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
-		f.onRequest(func(*fakegcs.Request) fakegcs.Fault {
-			time.Sleep(rand.N(60 * time.Millisecond))
-			return fakegcs.NoFault
-		})
+		f.before(on("", "", ""), func() { time.Sleep(rand.N(60 * time.Millisecond)) })
 		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
 		var stores []*Storage
 		for i := range l.machines {

@@ -245,9 +245,10 @@ func TestUploadSessionGone(t *testing.T) {
 	})
 }
 
-// A 400 that does not speak of the MD5 is not the fault of the zip.
-func TestSaveBadRequestOfAnotherReason(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+// An upload in chunks.
+func TestUpload(t *testing.T) {
+	// A 400 that does not speak of the MD5 is not the fault of the zip.
+	run(t, "bad request of another reason", inCrowd, func(t *testing.T, f *fakeGCS) {
 		s := behind(f, func(r *http.Request) *http.Response {
 			if r.URL.Query().Get("uploadType") != "resumable" {
 				return nil
@@ -257,32 +258,9 @@ func TestSaveBadRequestOfAnotherReason(t *testing.T) {
 		s.bucket.chunkSize = 256 << 10
 		requireKind(t, contentOf("a", 3<<20).save(t.Context(), s), KindUnexpected)
 	})
-}
 
-// A large zip whose upload is limited, or hangs, for good fails after some minutes.
-func TestStreamLimited(t *testing.T) {
-	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
-		for _, op := range []string{"start", "chunk"} {
-			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
-				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
-					f.fault(fault, on("", op, ""))
-					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
-					if !seek {
-						zip = plain(zip)
-					}
-					start := time.Now()
-					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
-					requireKind(t, err, kind)
-					require.Less(t, time.Since(start), 2*retryLimit)
-				})
-			}
-		}
-	}
-}
-
-// The second pass over a zip is whole by its own size, also when the first broke off.
-func TestOwnZipOfSecondPass(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+	// The second pass over a zip is whole by its own size, also when the first broke off.
+	run(t, "is whole by its second pass", inCrowd, func(t *testing.T, f *fakeGCS) {
 		starts, chunks := 0, 0
 		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
 			switch {
@@ -305,6 +283,27 @@ func TestOwnZipOfSecondPass(t *testing.T) {
 		require.Equal(t, 3, starts)
 		requireStored(t, f, a)
 	})
+}
+
+// A large zip whose upload is limited, or hangs, for good fails after some minutes.
+func TestStreamLimited(t *testing.T) {
+	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
+		for _, op := range []string{"start", "chunk"} {
+			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
+				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
+					f.fault(fault, on("", op, ""))
+					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
+					if !seek {
+						zip = plain(zip)
+					}
+					start := time.Now()
+					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
+					requireKind(t, err, kind)
+					require.Less(t, time.Since(start), 2*retryLimit)
+				})
+			}
+		}
+	}
 }
 
 // A line that carries 222 KiB a second is fast enough for chunks of 16 MiB, and one of
