@@ -15,8 +15,7 @@ import "context"
 func (s *Storage) Exists(ctx context.Context, module, version string) (bool, error) {
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Exists", v)
-	err := s.bucket.check(v)
-	complete := false
+	complete, err := false, s.bucket.check(v)
 	if err == nil {
 		_, complete, err = s.isComplete(ctx, v, nil)
 	}

@@ -19,13 +19,12 @@ var errTruncated = errors.New("the server keeps an upload that was cut short")
 // A successor's object is never replaced: the condition names one that is older than the
 // lease's own .mod. *old was listed before that .mod was written, and see older.
 func (l *lease) upload(ctx context.Context, ext string, old **storage.ObjectAttrs, z *source) (err error) {
-	start := time.Now()
 	if !z.canRewind() && *old == nil { // what is sent only once must not be refused
 		if *old, err = l.older(ctx, ext); err != nil {
 			return err
 		}
 	}
-	for round := 0; ; round++ {
+	for round, start := 0, time.Now(); ; round++ {
 		err := l.send(ctx, ext, ifNotReplaced(*old), z)
 		if !isPreconditionFailed(err) && !errors.Is(err, errBrokenOff) {
 			return err

@@ -204,9 +204,7 @@ func (g *saving) store(ctx context.Context) (err error) {
 // is not given up, and changes. This save never takes over again: two calls that each
 // think the other dead would do so for ever.
 func (g *saving) awaitSuccessor(ctx context.Context) error {
-	var last *storage.ObjectAttrs
-	var changed time.Time
-	for {
+	for last, changed := (*storage.ObjectAttrs)(nil), time.Now(); ; {
 		seen, state, finished, err := g.s.settle(ctx, g.v, nil)
 		if !sameObject(last, seen.mod) {
 			last, changed = seen.mod, time.Now()
