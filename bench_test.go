@@ -115,7 +115,7 @@ func BenchmarkCall(b *testing.B) {
 					}
 					fatal(b, c.do(s, vers))
 				}
-				counted.report(b)
+				counted.report(b, 1)
 			})
 		}
 	}
@@ -151,10 +151,9 @@ func BenchmarkSaveWaits(b *testing.B) {
 			return count(log, end.Sub(start))
 		}))
 	}
-	sum.divide(float64(n))
-	sum.report(b)
+	sum.report(b, float64(n))
 	b.ReportMetric(float64(late.Milliseconds())/float64(n), "late-ms")
-	b.ReportMetric(sum.requests*float64(n)/waited.Seconds(), "reqs/s")
+	b.ReportMetric(sum.requests/waited.Seconds(), "reqs/s")
 	b.ReportMetric(0, "ns/op") // of the simulation
 	b.ReportMetric(0, "B/op")
 	b.ReportMetric(0, "allocs/op")
@@ -232,7 +231,7 @@ func BenchmarkListing(b *testing.B) {
 					_, err := iterator.NewPager(bucket.Objects(b.Context(), q), 4*n, "").NextPage(new([]*storage.ObjectAttrs))
 					fatal(b, err)
 				})
-				counted.report(b)
+				counted.report(b, 1)
 				b.ReportMetric(ratio, "x-bare")
 			})
 		}
@@ -328,7 +327,7 @@ func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []
 	inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
 		s := on(f.Machine("a").Bucket)
 		return measure(f, func() { fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info)) })
-	}).report(b)
+	}).report(b, 1)
 	b.ReportMetric(ratio, "x-bare")
 	b.ReportMetric(peak, "peak-MiB")
 }
@@ -364,16 +363,13 @@ func (c *traffic) add(d traffic) {
 	c.took += d.took
 }
 
-func (c *traffic) divide(n float64) {
-	*c = traffic{c.requests / n, c.trips / n, c.sent / n, c.received / n, time.Duration(float64(c.took) / n)}
-}
-
-func (c traffic) report(b *testing.B) {
-	b.ReportMetric(c.requests, "requests/op")
-	b.ReportMetric(c.trips, "serial-trips/op")
-	b.ReportMetric(c.sent, "sent-B/op")
-	b.ReportMetric(c.received, "received-B/op")
-	b.ReportMetric(float64(c.took)/float64(time.Millisecond), "virtual-ms/op")
+// report reports the mean of n calls.
+func (c traffic) report(b *testing.B, n float64) {
+	b.ReportMetric(c.requests/n, "requests/op")
+	b.ReportMetric(c.trips/n, "serial-trips/op")
+	b.ReportMetric(c.sent/n, "sent-B/op")
+	b.ReportMetric(c.received/n, "received-B/op")
+	b.ReportMetric(float64(c.took)/n/float64(time.Millisecond), "virtual-ms/op")
 }
 
 // storeVersions puts n versions into the bucket, the first with a zip of 100 KiB.

@@ -346,30 +346,25 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 }
 
 func TestRenewalsFailed(t *testing.T) {
-	for _, test := range []struct {
-		name  string
+	type testCase struct {
 		fault fakegcs.Fault
 		first int // so many requests, of a save that renews after 30, 60 and 90 seconds
 		want  float64
-	}{
-		{"none", fakegcs.NoFault, 0, 0},
-		{"all", fakegcs.Unavailable, 1000, 3},
-		{"all hung", fakegcs.Hung, 1000, 3},
-		{"one hung", fakegcs.Hung, 1, 0}, // it is made again
-		{"one hung twice", fakegcs.Hung, 2, 1},
-		{"one, for a moment", fakegcs.Unavailable, 1, 0},
-	} {
-		run(t, test.name, inCrowd, func(t *testing.T, f *fakeGCS) {
-			w := watch(t)
-			start := time.Now()
-			renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && time.Since(start) < 100*time.Second }
-			f.fault(test.fault, first(test.first, renews))
-			a := contentOf("a", 100)
-			require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
-			requireStored(t, f, a)
-			require.Equal(t, test.want, w.renewalsFailed())
-		})
 	}
+	forNamed(t, inCrowd, map[string]testCase{
+		"none": {fakegcs.NoFault, 0, 0}, "all": {fakegcs.Unavailable, 1000, 3}, "all hung": {fakegcs.Hung, 1000, 3},
+		"one hung":       {fakegcs.Hung, 1, 0}, // it is made again
+		"one hung twice": {fakegcs.Hung, 2, 1}, "one, for a moment": {fakegcs.Unavailable, 1, 0},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		w := watch(t)
+		start := time.Now()
+		renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && time.Since(start) < 100*time.Second }
+		f.fault(test.fault, first(test.first, renews))
+		a := contentOf("a", 100)
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
+		requireStored(t, f, a)
+		require.Equal(t, test.want, w.renewalsFailed())
+	})
 }
 
 // A renewal that comes too late because the version was taken over has not

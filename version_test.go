@@ -15,16 +15,6 @@ import (
 // longModule makes object names of size bytes with the version v1.0.0.
 func longModule(size int) string { return strings.Repeat("m", size-len("/@v/v1.0.0.info")) }
 
-var badModules = []struct{ name, module string }{
-	{"empty", ""}, {"NUL", "a\x00b"}, {"newline", "a\nb"}, {"carriage return", "a\rb"}, {"DEL", "a\x7fb"},
-	{"a control character beyond ASCII", "a\u0085b"}, {"invalid UTF-8", "a\xffb"}, {"half a rune", "a\xe2\x82"},
-	{"dot", "."}, {"dots", ".."}, {"dot element", "a/./b"}, {"dots element", "a/../b"}, {"dots first", "../a"},
-	{"dots last", "a/.."}, {"slash", "/"}, {"leading slash", "/a"}, {"trailing slash", "a/"},
-	{"double slash", "a//b"}, {"@v inside", "a/@v/b"}, {"@v last", "a/@v"},
-	{"kept by GCS", ".well-known/acme-challenge/a"}, {"kept by GCS with what follows", ".well-known/acme-challenge"},
-	{"longer than any object", strings.Repeat("m", 1025)},
-}
-
 // perVersion are the calls that are about one version, and nothing else.
 var perVersion = []string{"Save", "Exists", "Info", "GoMod", "Zip", "Delete"}
 
@@ -38,7 +28,15 @@ func TestBadNames(t *testing.T) {
 		{"dot version", "m", "."}, {"dots version", "m", ".."}, {"name of 1025 bytes", longModule(1025), "v1.0.0"},
 		{"long version", "m", strings.Repeat("v", 1025)}, {"both empty", "", ""},
 	}
-	for _, bad := range badModules {
+	for _, bad := range []struct{ name, module string }{
+		{"empty", ""}, {"NUL", "a\x00b"}, {"newline", "a\nb"}, {"carriage return", "a\rb"}, {"DEL", "a\x7fb"},
+		{"a control character beyond ASCII", "a\u0085b"}, {"invalid UTF-8", "a\xffb"}, {"half a rune", "a\xe2\x82"},
+		{"dot", "."}, {"dots", ".."}, {"dot element", "a/./b"}, {"dots element", "a/../b"}, {"dots first", "../a"},
+		{"dots last", "a/.."}, {"slash", "/"}, {"leading slash", "/a"}, {"trailing slash", "a/"},
+		{"double slash", "a//b"}, {"@v inside", "a/@v/b"}, {"@v last", "a/@v"},
+		{"kept by GCS", ".well-known/acme-challenge/a"}, {"kept by GCS with what follows", ".well-known/acme-challenge"},
+		{"longer than any object", strings.Repeat("m", 1025)},
+	} {
 		rows = append(rows, row{"module: " + bad.name, bad.module, "v1.0.0"})
 	}
 	for _, row := range rows {
