@@ -102,7 +102,7 @@ func snapshotOf(subset byte, updated time.Time, infoID, modID, zipID string) (se
 			if id != "" {
 				attrs.Metadata[keySaveID] = id
 			}
-			*seen.slot([]string{extInfo, extMod, extZip}[i]) = attrs
+			*seen.slot(allExts[i]) = attrs
 		}
 	}
 	return seen
@@ -171,9 +171,7 @@ func TestOldMarker(t *testing.T) {
 	// if they name another .mod.
 	run(t, "beside objects of another", inCrowd, func(t *testing.T, f *fakeGCS) {
 		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-		// A delete that was cut short.
-		f.Remove(objectName(extMod))
-		// An older Athens began a save there and died.
+		f.Remove(objectName(extMod)) // a delete that was cut short; then an older Athens began a save there and died
 		f.Put(objectName(extMod), []byte("of older Athens"), map[string]string{keyInProgressOld: "true"})
 		time.Sleep(time.Hour)
 		requireExists(t, f.storage("b"), testVersion, false)
@@ -319,11 +317,7 @@ func FuzzMarker(f *testing.F) {
 			t.Skip("SetStaleThreshold lets none of these in")
 		}
 		within := func(d time.Duration) bool { return d.Abs() < time.Duration(threshold) }
-		attrs := &storage.ObjectAttrs{
-			Metadata: map[string]string{keyInProgress: value},
-			Created:  now.Add(2 * ago),
-			Updated:  now.Add(time.Duration(updated)),
-		}
+		attrs := &storage.ObjectAttrs{Metadata: map[string]string{keyInProgress: value}, Created: now.Add(2 * ago), Updated: now.Add(time.Duration(updated))}
 		m, ok := readMarker(attrs)
 		if ok != (value != "") {
 			t.Fatalf("marker is %v", ok)
@@ -331,9 +325,8 @@ func FuzzMarker(f *testing.F) {
 		if !ok {
 			return
 		}
-		byUpdated := within(attrs.Updated.Sub(now))
 		written, err := time.Parse(time.RFC3339Nano, value)
-		want := byUpdated
+		want := within(attrs.Updated.Sub(now))
 		if err == nil && written.Sub(now) <= time.Duration(threshold) {
 			want = within(written.Sub(now))
 		}

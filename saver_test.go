@@ -26,10 +26,7 @@ func TestSaveNew(t *testing.T) {
 		a := contentOf("a", size)
 		require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), plain(bytes.NewReader(a.zip))))
 		requireStored(t, f, a)
-		look := 0 // at the name of a zip that can be sent only once
-		if size > maxBuffered {
-			look = 1
-		}
+		look := map[bool]int{true: 1}[size > maxBuffered] // at the name of a zip that can be sent only once
 		require.Len(t, f.Log(), 4+look)
 		require.Equal(t, 3+look, fakegcs.SerialTrips(f.Log()))
 		require.NotEmpty(t, f.Get(objectName(extZip)).Metadata[keySaveID])

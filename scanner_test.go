@@ -80,7 +80,7 @@ func (c stateCase) put(f *fakeGCS, v ModuleVersion) {
 func (c stateCase) status(v ModuleVersion) VersionStatus {
 	status := VersionStatus{ModuleVersion: v, State: c.state}
 	var updated []time.Time
-	for _, ext := range []string{extInfo, extMod, extZip} {
+	for _, ext := range allExts {
 		if _, ok := c.files[ext]; !ok {
 			status.Missing = append(status.Missing, ext)
 			continue
@@ -98,10 +98,7 @@ func (c stateCase) status(v ModuleVersion) VersionStatus {
 	if marker, ok := c.files[extClaim]; ok {
 		status.Claimed = givenUp
 		if renewed, err := time.Parse(time.RFC3339Nano, marker[keyInProgress]); err == nil {
-			status.Claimed = renewed
-		}
-		if now := time.Now().UTC(); status.Claimed.After(now) {
-			status.Claimed = now // by the clock of GCS
+			status.Claimed = slices.MinFunc([]time.Time{renewed, time.Now().UTC()}, time.Time.Compare) // the latter by the clock of GCS
 		}
 	}
 	return status
