@@ -1,14 +1,18 @@
 package gcs
 
 import (
+	"bytes"
 	"crypto/md5"
 	"fmt"
 	"io"
 	"math"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
+	"time"
 
 	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
@@ -23,8 +27,8 @@ func TestBudgetRequests(t *testing.T) {
 		call                    string
 		stored, requests, trips int
 	}{
-		{"Save", 0, 5, 3},
-		{"Save", 1, 3, 2},
+		{"Save", 0, 4, 3},
+		{"Save", 1, 2, 2},
 		{"Exists", 1, 1, 1},
 		{"Info", 1, 1, 1},
 		{"GoMod", 1, 1, 1},
@@ -50,6 +54,43 @@ func TestBudgetRequests(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What a save over leftovers may cost, also of a zip that can be sent only once.
+func TestBudgetLeftovers(t *testing.T) {
+	for bits := 1; bits < 7; bits++ { // not all three
+		exts := subsetOf(bits)
+		forNamed(t, inBubble, map[string]int{fmt.Sprint(exts): 100, fmt.Sprint(exts, " once"): 2 << 20}, func(t *testing.T, f *fakeGCS, size int) {
+			leave(f, nil, exts...)
+			a := contentOf("a", size)
+			cost := measure(f, func() {
+				require.NoError(t, a.saveFrom(t.Context(), f.storage("a"), plain(bytes.NewReader(a.zip))))
+			})
+			requireStored(t, f, a)
+			requests, trips := 10, 6
+			if slices.Contains(exts, extMod) {
+				requests = 7
+				if size > maxBuffered && !slices.Contains(exts, extZip) { // it looks
+					requests, trips = 8, 7
+				}
+			}
+			require.LessOrEqual(t, int(cost.requests), requests, "requests: %v", f.Log())
+			require.LessOrEqual(t, int(cost.trips), trips, "one after another: %v", f.Log())
+		})
+	}
+}
+
+// A zip whose head is at fault costs nothing.
+func TestBudgetNothing(t *testing.T) {
+	forNamed(t, inBubble, map[string]io.Reader{
+		"fails":          iotest.ErrReader(io.ErrUnexpectedEOF),
+		"blocks":         readFunc(func([]byte) (int, error) { time.Sleep(time.Hour); return 1, nil }),
+		"does not match": strings.NewReader("another"),
+		"large, fails":   io.MultiReader(newPattern(maxBuffered), iotest.ErrReader(io.ErrUnexpectedEOF)),
+	}, func(t *testing.T, f *fakeGCS, zip io.Reader) {
+		require.Error(t, contentOf("a", 100).saveFrom(within(t, time.Minute), f.storage("a"), zip))
+		require.Empty(t, f.Log())
+	})
 }
 
 // What List, Catalog and Scan of 1,000 versions cost, whatever their state.

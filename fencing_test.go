@@ -207,17 +207,25 @@ func TestDeleteNeedsTheMod(t *testing.T) {
 	})
 }
 
-// A save that is fenced at its commit says so at once, if nobody else is at work.
+// A save that is fenced at its commit says so at once, if nobody else is at work. A .mod
+// without a marker is that of somebody at work, such as Athens' own backend.
 func TestFencedAtCommit(t *testing.T) {
-	forEach(t, inCrowd, []bool{true, false}, func(t *testing.T, f *fakeGCS, deleted bool) {
-		commits := func(r *fakegcs.Request) bool { return r.Machine == "a" && r.Op == "patch" }
-		f.atFirst(commits, func() {
-			if f.Remove(objectName(extMod)); !deleted {
-				f.Put(objectName(extMod), nil, marked(givenUp, "other"))
-			}
-		})
-		a := contentOf("a", 2<<20)
-		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), plain(bytes.NewReader(a.zip)))
+	forNamed(t, inCrowd, map[string]func(*fakeGCS){
+		"deleted":  func(*fakeGCS) {},
+		"given up": func(f *fakeGCS) { f.Put(objectName(extMod), nil, marked(givenUp, "other")) },
+		"unmarked": func(f *fakeGCS) {
+			f.Remove(objectName(extZip))
+			storeFiles(f, testModule, testVersion, extMod)
+			time.AfterFunc(time.Minute, func() { storeFiles(f, testModule, testVersion, extInfo, extZip) })
+		},
+	}, func(t *testing.T, f *fakeGCS, fence func(*fakeGCS)) {
+		a := contentOf("a", 100)
+		f.atFirst(on("a", "patch", ""), func() { f.Remove(objectName(extMod)); fence(f) })
+		err := a.save(t.Context(), f.storage("a"))
+		if f.Get(objectName(extZip)) != nil && f.Get(objectName(extMod)) != nil && f.Get(objectName(extMod)).Metadata == nil {
+			requireKind(t, err, KindAlreadyExists)
+			return
+		}
 		requireFenced(t, err)
 		requireExists(t, f.storage("b"), testVersion, false)
 	})

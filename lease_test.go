@@ -84,6 +84,15 @@ func TestLateCreate(t *testing.T) {
 		requireSavableAtOnce(t, f)
 	})
 
+	// It was applied and not answered, and its second try was refused. The save ends before
+	// it has looked, and gives up what it has written.
+	run(t, "that was applied", inCrowd, func(t *testing.T, f *fakeGCS) {
+		f.fault(fakegcs.Hung, on("", "list", ""))
+		f.fault(fakegcs.LostReset, nth("a", 0))
+		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
+		requireSavableAtOnce(t, f)
+	})
+
 	// So does a claim whose holder could not reach the bucket.
 	run(t, "of a failed claim", inFleet, func(t *testing.T, f *fakeGCS) {
 		f.fault(fakegcs.StrayReset, but(on("", "insert", extClaim), givesUp))
@@ -126,6 +135,10 @@ func TestGiveUp(t *testing.T) {
 		"costs":  func(f *fakeGCS) {},
 		"hangs":  func(f *fakeGCS) { f.fault(fakegcs.Hung, on("", "patch", "")) },
 		"fenced": func(f *fakeGCS) { f.Remove(objectName(extMod)) },
+		"refused": func(f *fakeGCS) {
+			f.Deny("storage.objects.update")
+			time.AfterFunc(700*time.Millisecond, func() { f.Allow("storage.objects.update") })
+		},
 	} {
 		run(t, name, inCrowd, func(t *testing.T, f *fakeGCS) {
 			time.AfterFunc(500*time.Millisecond, func() { happens(f) })
@@ -196,76 +209,56 @@ func TestGiveUp(t *testing.T) {
 	})
 }
 
-// fence lets b take the version over from a, whose clock is an hour ahead, so that
-// b's marker looks stale to a. It calls save for b, and returns when a's
-// save returned, and what.
-func fence(t *testing.T, f *fakeGCS, save func(b *fakegcs.Machine)) (at time.Time, err error) {
-	t.Helper()
-	machine, b := f.Machine("a"), f.Machine("b")
-	s := NewStorage(machine.Bucket)
-	s.now = func() time.Time { return time.Now().Add(time.Hour) }
-	f.atFirst(on("a", "", extZip), machine.Pause)
-	f.after(applied(on("b", "insert", extMod)), machine.Resume)
-	wait := alongside(func() {
-		err = contentOf("a", 100).save(t.Context(), s)
-		at = time.Now()
-	})
-	time.Sleep(time.Second)
-	save(b)
-	wait()
-	return at, err
-}
-
-func TestFenced(t *testing.T) {
-	// A save that was fenced believes a marker that looks stale while it changes: the
-	// other renews it.
-	run(t, "is patient", inCrowd, func(t *testing.T, f *fakeGCS) {
-		b := contentOf("b", 100)
-		_, err := fence(t, f, func(m *fakegcs.Machine) {
-			require.NoError(t, b.saveSlowly(t.Context(), NewStorage(m.Bucket), 10*time.Minute))
-		})
-		requireKind(t, err, KindAlreadyExists)
-		requireStored(t, f, b)
-	})
-
-	// Its patience ends a threshold after the last change.
-	run(t, "by one that crashed", inCrowd, func(t *testing.T, f *fakeGCS) {
-		var crashed time.Time
-		at, err := fence(t, f, func(m *fakegcs.Machine) {
-			crashed = time.Now().Add(10 * time.Minute) // b has held the version for 8 minutes then
-			time.AfterFunc(10*time.Minute, m.Crash)
-			require.Error(t, contentOf("b", 100).saveHalf(within(t, 20*time.Minute), NewStorage(m.Bucket), sleepReader(15*time.Minute)))
-		})
-		requireFenced(t, err)
-		require.Greater(t, at.Sub(crashed), DefaultStaleThreshold-DefaultStaleThreshold/renewals-time.Second)
-		require.Less(t, at.Sub(crashed), DefaultStaleThreshold+3*time.Second)
-	})
-
-	// The same if the marker of the crashed save looks fresh at first: it does not wait
-	// for a second threshold after that.
-	run(t, "waits once", inCrowd, func(t *testing.T, f *fakeGCS) {
-		f.tolerate()
-		var crashed time.Time
-		time.AfterFunc(10*time.Second, func() {
-			crashed = time.Now()
-			f.Put(objectName(extMod), nil, marked(crashed, "b"))
-		})
-		requireFenced(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 20*time.Second))
-		// It sees the marker 20 s after the crash at the latest, when it has read its zip.
-		require.Less(t, time.Since(crashed), DefaultStaleThreshold+25*time.Second)
-	})
-
-	// It has none with a marker that was given up.
-	run(t, "by one that failed", inCrowd, func(t *testing.T, f *fakeGCS) {
-		var failed time.Time
-		at, err := fence(t, f, func(m *fakegcs.Machine) {
-			err := contentOf("b", 100).saveHalf(t.Context(), NewStorage(m.Bucket), sleepReader(time.Minute), iotest.ErrReader(io.ErrUnexpectedEOF))
-			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
-			failed = time.Now()
-		})
-		requireFenced(t, err)
-		require.Less(t, at.Sub(failed), 3*time.Second)
-	})
+// A save sleeps while another takes its version over, and works on it for long. Whatever
+// the clocks say, the first waits as long as the .mod of the second is there, is not given
+// up, and has changed within the threshold.
+func TestFencedWaits(t *testing.T) {
+	type successor struct {
+		rest io.Reader // of its zip
+		end  func(ctx context.Context, f *fakeGCS, b *fakegcs.Machine)
+		late time.Duration // what the first waits for at least
+	}
+	const takes, patience = 10 * time.Minute, DefaultStaleThreshold
+	b := contentOf("b", 100)
+	for _, skew := range []time.Duration{-time.Hour, 0, time.Hour} {
+		for name, c := range map[string]successor{
+			"completes": {rest: bytes.NewReader(b.zip[2:])},
+			"fails":     {rest: iotest.ErrReader(io.ErrUnexpectedEOF)},
+			"crashes": {rest: bytes.NewReader(nil), end: func(_ context.Context, _ *fakeGCS, b *fakegcs.Machine) { b.Crash() },
+				late: patience - patience/renewals},
+			"deleted": {rest: bytes.NewReader(nil), end: func(ctx context.Context, f *fakeGCS, _ *fakegcs.Machine) {
+				_ = f.storage("d").Delete(ctx, testModule, testVersion)
+			}},
+		} {
+			run(t, name+"/"+skew.String(), inCrowd, func(t *testing.T, f *fakeGCS) {
+				first, second := f.Machine("a"), f.Machine("b")
+				s := NewStorage(first.Bucket)
+				s.now = func() time.Time { return time.Now().Add(skew) }
+				var since time.Time
+				f.atFirst(on("a", "", extZip), first.Pause)
+				f.after(applied(on("b", "insert", extMod)), func() {
+					first.Resume()
+					since = time.Now().Add(takes)
+					if c.end != nil {
+						time.AfterFunc(takes-time.Second, func() { c.end(t.Context(), f, second) })
+					}
+				})
+				time.AfterFunc(time.Second, func() {
+					_ = b.saveHalf(within(t, time.Hour), NewStorage(second.Bucket), sleepReader(takes), c.rest)
+				})
+				err := contentOf("a", 100).save(t.Context(), s)
+				require.Greater(t, time.Since(since), c.late-2*time.Second)
+				require.Less(t, time.Since(since), c.late+patience/renewals+lastPoll)
+				if name == "completes" {
+					requireKind(t, err, KindAlreadyExists)
+					require.Zero(t, f.count(func(r *fakegcs.Request) bool { return r.Machine == "a" && givesUp(r) }))
+					requireStored(t, f, b)
+					return
+				}
+				requireFenced(t, err)
+			})
+		}
+	}
 }
 
 func TestRenewals(t *testing.T) {
@@ -286,6 +279,15 @@ func TestRenewals(t *testing.T) {
 	run(t, "are not too fast", inBubble, func(t *testing.T, f *fakeGCS) {
 		f.atFirst(on("", "patch", ""), func() { time.Sleep(1900 * time.Millisecond) })
 		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
+	})
+
+	// A claim two of whose renewals have no answer stays fresh.
+	run(t, "that hang", inFleet, func(t *testing.T, f *fakeGCS) {
+		f.fault(fakegcs.Hung, first(4, on("0", "patch", extClaim)))
+		o := &origin{takes: time.Minute}
+		errs, _ := stashAll(t, newFleet(f, o, 2), time.Second)
+		requireNoErrors(t, errs)
+		require.Equal(t, 1, o.total())
 	})
 
 	// A renewal that finds the marker cleared does not stop the save: somebody has

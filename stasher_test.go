@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/http"
 	"path"
 	"runtime"
 	"slices"
@@ -919,6 +920,48 @@ func TestSingleFlightNoCreate(t *testing.T) {
 		require.Equal(t, 6, o.total())
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "storage.objects.create")
+		f.Allow("storage.objects.create")
+		time.Sleep(claimsRetry)
+		f.ResetLog()
+		requireStash(t, a, testVersion, testVersion)
+		require.Equal(t, 1, f.count(on("a", "insert", extClaim)))
+	})
+}
+
+// A fetch that fails is told if nobody waits for it any more.
+func TestSingleFlightFailsUnheard(t *testing.T) {
+	forNamed(t, inFleet, map[string]time.Duration{"leaves": time.Second, "stays": time.Hour}, func(t *testing.T, f *fakeGCS, stays time.Duration) {
+		var log syncedLog
+		o := &origin{takes: time.Minute, fail: func(int) bool { return true }}
+		_, err := newReplica(f, o, "a", log.option()).Stash(within(t, stays), testModule, testVersion)
+		require.Error(t, err)
+		time.Sleep(2 * time.Minute)
+		require.Equal(t, stays < o.takes, strings.Contains(log.String(), "nobody waits"))
+	})
+}
+
+// Whatever is answered to the delete of a claim, it is made again.
+func TestSingleFlightInsists(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		refused := 0
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.Method == http.MethodDelete && refused < 5 {
+				refused++
+				return answer(http.StatusBadRequest, "not now")
+			}
+			return nil
+		})
+		requireStash(t, s.SingleFlight(answering(testVersion, nil)), testVersion, testVersion)
+	})
+}
+
+// A claim that is refused for another reason than its condition ends the flight.
+func TestSingleFlightNeverClaims(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.fault(fakegcs.PreconditionFailed, on("", "insert", extClaim))
+		_, err := newReplica(f, &origin{}, "a").Stash(t.Context(), testModule, testVersion)
+		requireKind(t, err, KindUnexpected)
+		require.Less(t, len(f.Log()), 40)
 	})
 }
 

@@ -99,6 +99,7 @@ func TestSaveOfPanickingReader(t *testing.T) {
 		for name, size := range heads {
 			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
 				f.fault(fakegcs.Hung, on("", "insert", extInfo))
+				w := watch(t)
 				zip := behindHead(size, func([]byte) (int, error) {
 					time.Sleep(100 * time.Millisecond) // the .info is on its way
 					stop()
@@ -114,6 +115,7 @@ func TestSaveOfPanickingReader(t *testing.T) {
 					returned = true
 				})()
 				require.False(t, returned)
+				require.Equal(t, map[string]float64{outcomeFailed: 1}, w.saves())
 				require.Equal(t, how == "panic", recovered != nil)
 				require.Less(t, time.Since(start), 2*time.Second)
 				requireNothingRunning(t)
