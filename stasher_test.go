@@ -1204,3 +1204,19 @@ func TestSingleFlightHolderReplaced(t *testing.T) {
 		require.Less(t, time.Since(start), 6*time.Second)
 	})
 }
+
+// A version that is stored while a stale claim is taken over is not fetched.
+func TestSingleFlightLooksAfterTakeover(t *testing.T) {
+	inFleet(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extClaim), nil, marked(time.Now().Add(-claimStale), "dead"))
+		claims := 0
+		f.before(on("", "insert", extClaim), func() {
+			if claims++; claims == 2 { // the first is refused
+				storeVersion(f, testModule, testVersion)
+			}
+		})
+		o := &origin{}
+		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
+		require.Zero(t, o.total())
+	})
+}
