@@ -33,7 +33,7 @@ func requireNothingRunning(t *testing.T) {
 	all := make([]byte, 1<<20)
 	all = all[:runtime.Stack(all, true)]
 	for goroutine := range strings.SplitSeq(string(all), "\n\n") {
-		for _, file := range []string{"/bucket.go:", "/upload.go:", "/source.go:", "/lease.go:", "/saver.go:"} {
+		for _, file := range []string{"/bucket.go:", "/send.go:", "/upload.go:", "/source.go:", "/lease.go:", "/saver.go:"} {
 			require.NotContains(t, goroutine, file)
 		}
 	}
