@@ -144,7 +144,7 @@ func (l *lease) startRenewing(ctx context.Context, lost context.CancelCauseFunc,
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		interval := l.threshold / renewals
+		interval := max(l.threshold/renewals, updateInterval)
 		for pause := interval; sleep(pauses, pause) == nil; {
 			began := time.Now()
 			switch err := l.renew(ctx); {

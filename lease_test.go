@@ -281,6 +281,13 @@ func TestRenewals(t *testing.T) {
 		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a", WithStaleThreshold(4*time.Second)), 10*time.Second))
 	})
 
+	// Nor does the first follow the create at once.
+	run(t, "of a short threshold", inSharedRate, func(t *testing.T, f *fakeGCS) {
+		s := f.storage("a", WithStaleThreshold(2*time.Second))
+		require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), s, 3500*time.Millisecond))
+		require.Zero(t, f.count(func(r *fakegcs.Request) bool { return r.Status == 429 }))
+	})
+
 	// A claim two of whose renewals have no answer stays fresh.
 	run(t, "that hang", inFleet, func(t *testing.T, f *fakeGCS) {
 		f.fault(fakegcs.Hung, first(4, on("0", "patch", extClaim)))

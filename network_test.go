@@ -539,7 +539,7 @@ func TestRefusals(t *testing.T) {
 // 40 s and so on, and when it is answered at last. The counter has every further try.
 func TestRetriesAreTold(t *testing.T) {
 	for fault, reason := range map[fakegcs.Fault]string{fakegcs.Unavailable: "5xx", fakegcs.TooMany: "429", fakegcs.Hung: "timeout"} {
-		for _, lasts := range []time.Duration{2 * time.Second, 70 * time.Second, time.Hour} {
+		for _, lasts := range []time.Duration{time.Second, time.Minute, time.Hour} {
 			t.Run(fmt.Sprint(fault, lasts), func(t *testing.T) {
 				w := watch(t)
 				bubble(t, 0, func(t *testing.T, f *fakeGCS) {
@@ -558,20 +558,32 @@ func TestRetriesAreTold(t *testing.T) {
 						at = append(at, when.Sub(start).Round(time.Second))
 						require.Contains(t, line, `request="read of .info" module=example.com/mod version=v1.0.0 for=`+at[len(at)-1].String()+" error=")
 					}
-					want := map[time.Duration][]time.Duration{70 * time.Second: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
+					want := map[time.Duration][]time.Duration{time.Minute: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
 					if fault == fakegcs.Hung {
-						want = map[time.Duration][]time.Duration{2 * time.Second: {5}, 70 * time.Second: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
+						want = map[time.Duration][]time.Duration{time.Second: {5}, time.Minute: {5, 10, 20, 40}, time.Hour: {5, 10, 20, 40, 80, 160}}[lasts]
 					}
 					for i := range want {
 						want[i] *= time.Second
 					}
 					require.Equal(t, want, at)
-					if answered := log.lines(slog.LevelInfo); lasts == 70*time.Second {
+					if answered := log.lines(slog.LevelInfo); lasts == time.Minute {
 						require.Len(t, answered, 1)
 						require.Contains(t, answered[0], "answered")
 					}
 				})
 			})
 		}
+	}
+}
+
+// The last try of a request is cut when the time is up. Then the try before tells why the
+// request failed.
+func TestCutTry(t *testing.T) {
+	for trip := time.Second; trip < requestTimeout; trip += 500 * time.Millisecond {
+		bubble(t, trip, func(t *testing.T, f *fakeGCS) {
+			f.fault(fakegcs.TooMany, on("", "get", ""))
+			_, err := f.storage("m").Info(t.Context(), testModule, testVersion)
+			requireKind(t, err, KindRateLimit)
+		})
 	}
 }

@@ -60,7 +60,7 @@ func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, req
 		case reason == "":
 			return withHint(err)
 		}
-		t.failed(err)
+		err = t.failed(err, limited.Err() != nil)
 		wait := b.rand(pause)
 		if isRateLimited(err) {
 			wait += rateInterval
@@ -97,14 +97,18 @@ func (t *tries) again(reason string) {
 	t.b.telemetry.retries.Add(t.ctx, 1, metric.WithAttributes(attribute.String("reason", reason)))
 }
 
-// failed notes that a try has failed, and that the request is to be tried again.
-func (t *tries) failed(err error) {
+// failed notes that a try has failed, and that the request is to be tried again. Of a
+// try that was cut because the time is up, it returns what the try before failed with.
+func (t *tries) failed(err error, cut bool) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.last = err
+	if !cut || t.last == nil {
+		t.last = err
+	}
 	if t.warn == nil {
 		t.warn = time.AfterFunc(time.Until(t.start.Add(warnAfter)), t.tell)
 	}
+	return t.last
 }
 
 // tell warns of a request that is tried again, and will warn again when it has taken

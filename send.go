@@ -49,7 +49,7 @@ func (b *bucket) chunkWriter(ctx context.Context, v ModuleVersion, cond storage.
 		if reason == "" || ctx.Err() != nil {
 			return false
 		}
-		t.failed(err)
+		t.failed(err, false)
 		t.again(reason)
 		return true
 	}

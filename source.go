@@ -141,8 +141,8 @@ func (z *source) canRewind() bool { return z.buffered || z.start >= 0 }
 
 // rewind makes the source ready to be sent again, or says why it cannot.
 func (z *source) rewind() error {
-	if z.err != nil || z.buffered {
-		return z.err
+	if z.buffered {
+		return nil
 	}
 	if z.start < 0 {
 		return errCannotReread

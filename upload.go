@@ -26,7 +26,7 @@ func (l *lease) upload(ctx context.Context, ext string, old **storage.ObjectAttr
 	}
 	for round, start := 0, time.Now(); ; round++ {
 		err := l.send(ctx, ext, ifNotReplaced(*old), z)
-		if !isPreconditionFailed(err) && !errors.Is(err, errBrokenOff) {
+		if z.err != nil || !isPreconditionFailed(err) && !errors.Is(err, errBrokenOff) {
 			return err
 		}
 		seen, readErr := l.older(ctx, ext)
