@@ -3,12 +3,14 @@ package gcs
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"cloud.google.com/go/storage"
 	"github.com/stretchr/testify/require"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
@@ -276,4 +278,50 @@ func TestTakeoverLosesManyRaces(t *testing.T) {
 		require.Equal(t, 2*maxRefused, races)
 		requireStored(t, f, a)
 	})
+}
+
+// During a rollout, replicas of the version before share the bucket. Their save makes these
+// requests, with the same objects and conditions. It stops after some of them, goes on
+// before a request of a save of today, and ends where it is refused.
+func TestBesideSaveOfBefore(t *testing.T) {
+	v, old, today := ModuleVersion{testModule, testVersion}, contentOf("old", 100), contentOf("today", 200)
+	for stops := range 5 {
+		for wakes := range 12 {
+			run(t, fmt.Sprint(stops, wakes), inCrowd, func(t *testing.T, f *fakeGCS) {
+				b := f.storage("old").bucket
+				var mod *storage.ObjectAttrs
+				put := func(ext string, body []byte) error {
+					meta := map[string]string{keySaveID: "old", keyGeneration: formatGeneration(mod.Generation)}
+					_, err := b.put(t.Context(), v, ext, ifUnchanged(nil), func() map[string]string { return meta }, body)
+					return err
+				}
+				requests := []func() error{
+					func() (err error) {
+						mod, err = b.put(t.Context(), v, extMod, ifUnchanged(nil), func() map[string]string { return marked(time.Now(), "old") }, old.mod)
+						return err
+					},
+					func() error { return put(extInfo, old.info) },
+					func() error { return put(extZip, old.zip) },
+					func() error { _, err := b.clear(t.Context(), v, extMod, ifUnchanged(mod)); return err },
+				}
+				goOn := func(n int) {
+					for len(requests) > 4-n && requests[0]() == nil {
+						requests = requests[1:]
+					}
+				}
+				goOn(stops)
+				f.before(nth("today", wakes), func() { goOn(4) })
+				if err := today.save(t.Context(), f.storage("today")); err == nil {
+					require.NotEmpty(t, requests)
+					requireStored(t, f, today)
+				} else {
+					requireKind(t, err, KindAlreadyExists)
+					requireStored(t, f, old)
+				}
+				goOn(4)
+				requireExists(t, f.storage("e"), testVersion, true)
+				require.Empty(t, f.Violations())
+			})
+		}
+	}
 }
