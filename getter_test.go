@@ -180,7 +180,7 @@ func TestZipBreaksForGood(t *testing.T) {
 		before func(f *fakeGCS, cancel func())
 		is     error
 	}{
-		{"replaced", func(f *fakeGCS, _ func()) { f.Put(name, make([]byte, 1<<20), nil) }, nil},
+		{"replaced", func(f *fakeGCS, _ func()) { f.Put(name, make([]byte, 1<<20), nil) }, storage.ErrObjectNotExist},
 		{"deleted", func(f *fakeGCS, _ func()) { f.Remove(name) }, storage.ErrObjectNotExist},
 		{"not permitted", func(f *fakeGCS, _ func()) { f.Deny("storage.objects.get") }, nil},
 		{"cancelled", func(_ *fakeGCS, cancel func()) { cancel() }, context.Canceled},
@@ -190,6 +190,7 @@ func TestZipBreaksForGood(t *testing.T) {
 			f.Put(name, want, nil)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
+			f.fault(fakegcs.Unavailable, nth("m", 1)) // when the client asks for the rest itself
 			breakFirst(f, func() { tc.before(f, cancel) })
 			r, err := s.Zip(ctx, "m", "v1.0.0")
 			require.NoError(t, err)
