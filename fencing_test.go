@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -310,9 +311,9 @@ func TestBesideSaveOfBefore(t *testing.T) {
 					}
 				}
 				goOn(stops)
-				changes := 0
+				var changes atomic.Int64
 				f.before(but(on("today", "", ""), on("", "list", "")), func() {
-					if changes++; changes > wakes {
+					if changes.Add(1) == int64(wakes+1) {
 						goOn(4)
 					}
 				})

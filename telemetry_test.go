@@ -440,7 +440,7 @@ func TestNothingIsLogged(t *testing.T) {
 		a := contentOf("a", 100)
 		s := f.storage("a", option)
 		var group sync.WaitGroup
-		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), s, 4*time.Second)) })
+		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("slow", option), 4*time.Second)) })
 		time.Sleep(time.Second)
 		requireKind(t, a.save(t.Context(), s), KindAlreadyExists) // after less than tellAfter
 		group.Wait()
