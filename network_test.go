@@ -547,7 +547,9 @@ func TestRetriesAreTold(t *testing.T) {
 					start := time.Now()
 					f.fault(fault, func(r *fakegcs.Request) bool { return time.Since(start) < lasts })
 					var log syncedLog
-					_, err := f.storage("m", log.option()).Info(t.Context(), testModule, testVersion)
+					s := f.storage("m", log.option())
+					s.bucket.rand = func(n time.Duration) time.Duration { return n }
+					_, err := s.Info(t.Context(), testModule, testVersion)
 					require.Equal(t, lasts > retryLimit, err != nil)
 					require.Equal(t, map[string]float64{reason: float64(len(f.Log()) - 1)}, w.measure("gcs.retries", "{retry}"))
 					var at []time.Duration

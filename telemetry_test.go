@@ -358,7 +358,7 @@ func TestRenewalsFailed(t *testing.T) {
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
 		w := watch(t)
 		start := time.Now()
-		renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && time.Since(start) < 100*time.Second }
+		renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && time.Since(start) < 105*time.Second }
 		f.fault(test.fault, first(test.first, renews))
 		a := contentOf("a", 100)
 		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 110*time.Second))
