@@ -150,8 +150,8 @@ func TestBudgetListBytes(t *testing.T) {
 // What a save allocates, the HTTP client's share included. An upload's buffer
 // alone is 16 MiB by the client's defaults, for each of the three objects.
 func TestBudgetMemory(t *testing.T) {
-	if raceDetector {
-		t.Skip("the race detector allocates too")
+	if testing.Short() {
+		t.Skip("the race detector, which runs with -short, allocates too")
 	}
 	const kib, mib = 1 << 10, 1 << 20
 	for _, test := range []struct {

@@ -42,8 +42,8 @@ const (
 // to 17. A seed decides all that happens: a seed that failed fails again.
 func TestStorm(t *testing.T) {
 	from, to := uint64(1), uint64(stormSeeds)
-	if raceDetector {
-		to /= 5 // it makes a storm ten times as long
+	if testing.Short() {
+		to /= 10
 	}
 	if v := os.Getenv("GCS_STORM_SEEDS"); v != "" {
 		if !strings.Contains(v, "-") {
@@ -63,6 +63,9 @@ func TestStorm(t *testing.T) {
 // A seed played twice makes the same requests at the same time, and all of them
 // end in the same way. Save ids are random, so they are numbered.
 func TestStormReplays(t *testing.T) {
+	if testing.Short() {
+		t.Skip("what TestStorm plays, twice")
+	}
 	play := func(t *testing.T, seed uint64) (log []string) {
 		synctest.Test(t, func(t *testing.T) {
 			w := newStorm(t, seed)
