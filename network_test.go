@@ -304,11 +304,11 @@ func TestZipStream(t *testing.T) {
 				resp.Body = body{io.MultiReader(strings.NewReader("X"), resp.Body), resp.Body}
 			}
 		}},
-		"decompressed": {faults: []fakegcs.Fault{fakegcs.LostBody}, edit: func(n int, resp *http.Response) {
+		"decompressed": {faults: []fakegcs.Fault{fakegcs.LostBody, fakegcs.Unavailable}, edit: func(n int, resp *http.Response) {
 			resp.Header.Set("X-Goog-Stored-Content-Encoding", "gzip")
 			resp.Header.Set("X-Goog-Hash", "crc32c=AAAAAQ==")
 			resp.ContentLength = -1
-			if n > 1 { // GCS sends all of it, whatever is asked for
+			if resp.StatusCode == http.StatusPartialContent { // GCS sends all of it, whatever is asked for
 				resp.StatusCode = http.StatusOK
 				resp.Body = body{bytes.NewReader(zip), resp.Body}
 			}

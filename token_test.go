@@ -143,6 +143,7 @@ func TestNeverPasses(t *testing.T) {
 	key := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}))
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		code := map[string]int{"/400": 400, "/401": 401, "/403": 403, "/unknown": 401}[r.URL.Path]
+		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(code)
 		switch r.URL.Path {
 		case "/400":
@@ -176,6 +177,9 @@ func TestNeverPasses(t *testing.T) {
 	nothing := func() error { return nil }
 	nameless := f.Register("nameless")
 	nameless.ConnectGRPC()
+	user, err := auth.New3LOTokenProvider(&auth.Options3LO{ClientID: "a", ClientSecret: "b", RefreshToken: "c",
+		AuthURL: issuer.URL, TokenURL: issuer.URL + "/unknown", AuthStyle: auth.StyleInParams})
+	require.NoError(t, err)
 	both := func(creds *auth.Credentials) []*Storage {
 		return []*Storage{authorized(t, f, creds), f.overGRPC(t, nothing, grpc.WithPerRPCCredentials(tokenOf{creds}))}
 	}
@@ -191,7 +195,7 @@ func TestNeverPasses(t *testing.T) {
 		"invalid_grant": both(serviceAccount(t, key, issuer.URL+"/400")),
 		"issuer's 401":  both(serviceAccount(t, key, issuer.URL+"/401")),
 		"issuer's 403":  both(serviceAccount(t, key, issuer.URL+"/403")),
-		"unknown code":  {authorized(t, f, serviceAccount(t, key, issuer.URL+"/unknown"))}, // over gRPC the 401 is lost
+		"unknown code":  {authorized(t, f, auth.NewCredentials(&auth.CredentialsOptions{TokenProvider: user}))}, // over gRPC the 401 is lost
 		"key":           both(serviceAccount(t, "no key", issuer.URL)),
 		"bucket":        {NewStorage(f.Machine("a").Client.Bucket("")), NewStorage(nameless.Client.Bucket(""))},
 	} {
