@@ -251,9 +251,7 @@ func storeIn(f *fakeGCS, state string, n int) {
 		case state == "partial", state == "tenth partial" && i%10 == 0:
 			exts = exts[:2]
 		}
-		for _, ext := range exts {
-			f.Put(v.object(ext), nil, map[string]map[string]string{extMod: mod, extInfo: others, extZip: others}[ext])
-		}
+		f.putAs(content{}, v, time.Now(), mod, others, exts...)
 	}
 }
 
@@ -375,11 +373,8 @@ func (c traffic) report(b *testing.B, n float64) {
 // storeVersions puts n versions into the bucket, the first with a zip of 100 KiB.
 func storeVersions(f *fakeGCS, n int) {
 	for i := range n {
-		c := contentOf("a", smallZip/(i+1))
 		v := ModuleVersion{testModule, fmt.Sprintf("v1.0.%d", i)}
-		f.Put(v.object(extMod), c.mod, nil)
-		f.Put(v.object(extInfo), c.info, map[string]string{keySaveID: newSaveID()})
-		f.Put(v.object(extZip), c.zip, map[string]string{keySaveID: newSaveID()})
+		f.putAs(contentOf("a", smallZip/(i+1)), v, time.Now(), nil, map[string]string{keySaveID: newSaveID()}, allExts...)
 	}
 }
 

@@ -298,9 +298,7 @@ func TestExistsFaults(t *testing.T) {
 
 // takeOver replaces the .mod of a version that lacks its .zip, and stores a .zip.
 func takeOver(f *fakeGCS, vers string) {
-	v := ModuleVersion{testModule, vers}
-	gen := f.Put(v.object(extMod), []byte("other"), marked(time.Now(), "b"))
-	f.Put(v.object(extZip), []byte("other"), map[string]string{keySaveID: "b", keyGeneration: formatGeneration(gen)})
+	f.put(ModuleVersion{testModule, vers}, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, extMod, extZip)
 }
 
 func FuzzMarker(f *testing.F) {

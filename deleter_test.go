@@ -169,7 +169,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 				}
 				for op, read := range readers {
-					returns(t, extOf[op]+" of v1.0.0")(read(t.Context(), s, testModule, testVersion))
+					returns(t, string(contentOf(testVersion, 100).file(extOf[op])))(read(t.Context(), s, testModule, testVersion))
 				}
 			})
 		}

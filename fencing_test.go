@@ -171,9 +171,7 @@ func TestLateCreateAfterDelete(t *testing.T) {
 func TestListingBesideLostCreate(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		old, a := contentOf("old", 100), contentOf("a", 100)
-		for ext, data := range map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip} {
-			f.PutAt(objectName(ext), data, nil, time.Now().Add(-time.Hour))
-		}
+		f.putAs(old, testVersionName, time.Now().Add(ago), nil, nil, allExts...)
 		var once sync.Once
 		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
 			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {

@@ -101,7 +101,7 @@ func TestReadMissing(t *testing.T) {
 				requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
 				require.ErrorIs(t, err, storage.ErrObjectNotExist)
 			} else {
-				returns(t, extOf[other]+" of v1.0.0")(content, err)
+				returns(t, string(contentOf("v1.0.0", 100).file(extOf[other])))(content, err)
 			}
 		}
 		require.Len(t, f.Log(), 3)
@@ -118,7 +118,7 @@ func TestReadFaults(t *testing.T) {
 				}
 				storeVersion(f, "m", "v1.0.0")
 				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
-				returns(t, extOf[op]+" of v1.0.0")(readers[op](within(t, time.Minute), s, "m", "v1.0.0"))
+				returns(t, string(contentOf("v1.0.0", 100).file(extOf[op])))(readers[op](within(t, time.Minute), s, "m", "v1.0.0"))
 				require.Len(t, f.Log(), 2)
 			})
 		})

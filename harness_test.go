@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,6 +53,11 @@ type content struct{ mod, zip, info []byte }
 func contentOf(who string, zipSize int) content {
 	zip := bytes.Repeat([]byte("zip of "+who+"\n"), zipSize/8+1)
 	return content{[]byte("module " + who), zip[:zipSize], []byte(`{"Version":"` + who + `"}`)}
+}
+
+// file returns what the object with that ending holds.
+func (c content) file(ext string) []byte {
+	return map[string][]byte{extMod: c.mod, extInfo: c.info, extZip: c.zip}[ext]
 }
 
 func (c content) save(ctx context.Context, s *Storage) error {
@@ -285,33 +292,47 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (do roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return do(r) }
 
-// put makes objects of a version: a .mod with that marker, others with that metadata.
-func (f *fakeGCS) put(v ModuleVersion, mark, others map[string]string, exts ...string) {
-	for _, ext := range exts {
-		metadata := others
-		if ext == extMod {
-			metadata = mark
-		}
-		f.Put(v.object(ext), []byte(ext+" of "+v.Version), metadata)
-	}
-}
-
 // allExts are the endings of a version's objects.
 var allExts = []string{extInfo, extMod, extZip}
 
-// storeFiles puts objects of a version into the bucket as Athens left them.
-func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
-	f.put(ModuleVersion{module, vers}, nil, nil, exts...)
-}
-
-// subsetOf returns the endings of the objects that the bits are for.
+// subsetOf returns the endings that the bits are for, of allExts and the claim.
 func subsetOf(bits int) (exts []string) {
-	for bit, ext := range allExts {
+	for bit, ext := range append(allExts[:3:3], extClaim) {
 		if bits&(1<<bit) != 0 {
 			exts = append(exts, ext)
 		}
 	}
 	return exts
+}
+
+// ownMod is the generation that an object names if that of the .mod beside it is meant.
+const ownMod = "own"
+
+// putAs makes objects of a version, created then: a .mod with that marker, others with that
+// metadata.
+func (f *fakeGCS) putAs(c content, v ModuleVersion, at time.Time, mark, others map[string]string, exts ...string) {
+	others = maps.Clone(others)
+	if slices.Contains(exts, extMod) {
+		mod := f.PutAt(v.object(extMod), c.mod, mark, at)
+		if others[keyGeneration] == ownMod {
+			others[keyGeneration] = formatGeneration(mod)
+		}
+	}
+	for _, ext := range exts {
+		if ext != extMod {
+			f.PutAt(v.object(ext), c.file(ext), others, at)
+		}
+	}
+}
+
+// put is putAs for what saveVersion saves, now.
+func (f *fakeGCS) put(v ModuleVersion, mark, others map[string]string, exts ...string) {
+	f.putAs(contentOf(v.Version, 100), v, time.Now(), mark, others, exts...)
+}
+
+// storeFiles puts objects of a version into the bucket as Athens left them.
+func storeFiles(f *fakeGCS, module, vers string, exts ...string) {
+	f.put(ModuleVersion{module, vers}, nil, nil, exts...)
 }
 
 // storeVersion puts complete versions into the bucket.
@@ -325,9 +346,9 @@ func unfinishedVersion(f *fakeGCS, v ModuleVersion) {
 	f.put(v, marked(time.Now().Add(ago), "a"), map[string]string{keySaveID: "a"}, allExts...)
 }
 
-// saveVersion saves a version whose files hold their own names.
+// saveVersion saves a version whose files tell which it is.
 func saveVersion(ctx context.Context, s *Storage, module, vers string) error {
-	return s.Save(ctx, module, vers, []byte("mod of "+vers), strings.NewReader("zip of "+vers), nil, []byte("info of "+vers))
+	return contentOf(vers, 100).saveAs(ctx, s, ModuleVersion{module, vers})
 }
 
 // leave makes leftovers of a version, each as a save of that id would, and lets a
@@ -341,16 +362,14 @@ func leaveUnfinished(f *fakeGCS) { leave(f, marked(givenUp, "other"), allExts...
 
 // leftBehind puts what a save of that id left there, long ago: a .mod with that marker,
 // and other objects with the id. Without an id they have the marker too.
-func leftBehind(mark map[string]string, id string, exts ...string) func(*fakegcs.Server) {
-	return func(f *fakegcs.Server) {
-		for _, ext := range exts {
-			c, metadata := contentOf("old", 50), mark
-			if ext != extMod && id != "" {
-				c, metadata = contentOf(id, 50), map[string]string{keySaveID: id}
-			}
-			data := map[string][]byte{extMod: c.mod, extInfo: c.info, extZip: c.zip}[ext]
-			f.PutAt(objectName(ext), data, metadata, time.Now().Add(1000*ago))
+func leftBehind(mark map[string]string, id string, exts ...string) func(*fakeGCS) {
+	return func(f *fakeGCS) {
+		c, others := contentOf("old", 50), mark
+		if id != "" {
+			others = map[string]string{keySaveID: id}
+			c.info, c.zip = contentOf(id, 50).info, contentOf(id, 50).zip
 		}
+		f.putAs(c, testVersionName, time.Now().Add(1000*ago), mark, others, exts...)
 	}
 }
 
@@ -405,8 +424,8 @@ func requireComplete(t *testing.T, f *fakeGCS, module, vers string) {
 
 func requireVersion(t *testing.T, f *fakeGCS, v ModuleVersion, c content) {
 	t.Helper()
-	for ext, want := range map[string][]byte{extMod: c.mod, extZip: c.zip, extInfo: c.info} {
-		o := f.Get(v.object(ext))
+	for _, ext := range allExts {
+		o, want := f.Get(v.object(ext)), c.file(ext)
 		require.NotNil(t, o, v.object(ext))
 		require.True(t, bytes.Equal(want, o.Data), "%s is %.40q, not %.40q", o.Name, o.Data, want)
 	}

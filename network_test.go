@@ -384,7 +384,7 @@ func TestCorruptedRead(t *testing.T) {
 		}})
 		got, err := readers[op](t.Context(), NewStorage(m.Bucket), testModule, testVersion)
 		require.NoError(t, err)
-		require.Equal(t, extOf[op]+" of "+testVersion, got)
+		require.Equal(t, string(contentOf(testVersion, 100).file(extOf[op])), got)
 		require.Equal(t, 2, n)
 	})
 }

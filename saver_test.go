@@ -147,10 +147,7 @@ func TestSaveOverLeftovers(t *testing.T) {
 				continue
 			}
 			run(t, fmt.Sprintf("%03b %s", subset, name), inBubble, func(t *testing.T, f *fakeGCS) {
-				for _, ext := range subsetOf(subset) {
-					metadata := map[string]map[string]string{extMod: marker()}[ext]
-					f.Put(objectName(ext), map[string][]byte{extMod: old.mod, extInfo: old.info, extZip: old.zip}[ext], metadata)
-				}
+				f.putAs(old, testVersionName, time.Now(), marker(), nil, subsetOf(subset)...)
 				time.Sleep(2 * time.Second) // or the fake counts a second write within one
 				a := contentOf("a", 100)
 				start := time.Now()

@@ -328,25 +328,10 @@ func FuzzScan(f *testing.F) {
 
 // putBits makes the objects of a version that bits tell of, and returns its state.
 func putBits(f *fakeGCS, v ModuleVersion, bits byte) State {
-	has := func(bit int) bool { return bits&(1<<bit) != 0 }
 	marker, names := bits>>4&3, bits>>6
-	others := map[string]string{keySaveID: "a"}
-	if has(1) {
-		gen := f.Put(v.object(extMod), nil, []map[string]string{others, marked(time.Now(), "a"), marked(givenUp, "a"), cleared()}[marker])
-		switch names {
-		case 1:
-			others[keyGeneration] = formatGeneration(gen)
-		case 2:
-			others[keyGeneration] = "1"
-		case 3:
-			others[keySaveID] = "b"
-		}
-	}
-	for bit, ext := range map[int]string{0: extInfo, 2: extZip, 3: extClaim} {
-		if has(bit) {
-			f.Put(v.object(ext), nil, others)
-		}
-	}
+	mark := []map[string]string{{keySaveID: "a"}, marked(time.Now(), "a"), marked(givenUp, "a"), cleared()}[marker]
+	others := []map[string]string{{keySaveID: "a"}, {keySaveID: "a", keyGeneration: ownMod}, {keySaveID: "a", keyGeneration: "1"}, {keySaveID: "b"}}[names]
+	f.put(v, mark, others, subsetOf(int(bits&15))...)
 	return meaning(bits&7, marker == 1 || marker == 2, marker == 1, names < 2)
 }
 
@@ -369,8 +354,7 @@ func TestVersionStatusJSON(t *testing.T) {
 // in whatever pages, nothing is taken away, and nobody is told what never was.
 func TestSmearedListing(t *testing.T) {
 	takeOver := func(f *fakeGCS) {
-		mod := f.Put(objectName(extMod), nil, marked(time.Now(), "b"))
-		f.put(testVersionName, nil, map[string]string{keySaveID: "b", keyGeneration: formatGeneration(mod)}, extInfo, extZip)
+		f.put(testVersionName, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, allExts...)
 	}
 	scenes := map[string]struct {
 		found  []string

@@ -91,7 +91,7 @@ const crashThreshold = 10 * time.Second
 // after another, each by a machine of its own and each cut off.
 type crashScene struct {
 	name  string
-	found func(f *fakegcs.Server)
+	found func(f *fakeGCS)
 	calls []string
 	// slow are the requests that come second when two are made at once: those
 	// that do this, or to this object.
@@ -110,7 +110,7 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 				t.Log(sc.name, cuts)
 			}
 		}()
-		sc.found(f.Server)
+		sc.found(f)
 		stored := map[string]content{"old": contentOf("old", 50)}
 		began := time.Now()
 		for i, c := range cuts {

@@ -16,7 +16,7 @@ import (
 // meets every fault.
 type faultScene struct {
 	name  string
-	found func(f *fakegcs.Server)
+	found func(f *fakeGCS)
 	size  int // of the zip
 	zip   func(io.ReadSeeker) io.Reader
 	call  string // "" is Save
@@ -31,7 +31,7 @@ const (
 )
 
 func faultScenes() []faultScene {
-	leave := func(mark map[string]string, exts ...string) func(*fakegcs.Server) {
+	leave := func(mark map[string]string, exts ...string) func(*fakeGCS) {
 		return leftBehind(mark, "old", exts...)
 	}
 	seekable := func(r io.ReadSeeker) io.Reader { return r }
@@ -54,7 +54,7 @@ func faultScenes() []faultScene {
 		{name: "given up", found: leave(marked(givenUp, "old"), extMod, extInfo)},
 		{name: "partial", found: leave(nil, extMod, extZip)},
 		{name: "without .mod", found: leave(nil, extInfo, extZip)},
-		{name: "soon stale", found: func(f *fakegcs.Server) {
+		{name: "soon stale", found: func(f *fakeGCS) {
 			f.Put(objectName(extMod), nil, marked(time.Now().Add(time.Second-DefaultStaleThreshold), "old"))
 			time.Sleep(100 * time.Millisecond)
 		}},
@@ -98,7 +98,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 			}
 		}()
 		old, a := contentOf("old", 50), contentOf("a", sc.size)
-		sc.found(f.Server)
+		sc.found(f)
 		fired := faultAt(f, "a", at, fault, []string{sc.slow, ".zip"}, func() {})
 		s := f.storage("a", WithChunkSize(faultChunk))
 		began := time.Now()

@@ -46,7 +46,7 @@ const scheduleThreshold = 16 * time.Minute
 type scene struct {
 	name   string
 	quick  string // the faults with which it takes some seconds at most
-	found  func(f *fakegcs.Server)
+	found  func(f *fakeGCS)
 	roles  []role
 	faults map[string]int // how often each may happen
 	bound  int            // the most preemptions, 0 for any number
@@ -668,7 +668,7 @@ func (sc *scene) rehearse() *rehearsal {
 	r.own("old", contentOf("old", 50))
 	r.own("other", contentOf("other", 50))
 	if sc.found != nil {
-		sc.found(r.f)
+		sc.found(&fakeGCS{Server: r.f})
 	}
 	r.inspect(nil)
 	r.lives, r.broken = nil, nil

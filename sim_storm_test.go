@@ -213,13 +213,12 @@ func (w *storm) leaveBehind() {
 	}
 	_, c := w.newContent(w.versions[0], w.rng)
 	for _, ext := range allExts {
-		data := map[string][]byte{extInfo: c.info, extMod: c.mod, extZip: c.zip}[ext]
 		metadata := map[string]string{keySaveID: "old"}
 		if ext == extMod {
 			metadata = []map[string]string{nil, marked(time.Now(), "old"), marked(givenUp, "old"), marked(givenUp, "older"), {keyInProgressOld: "true"}}[w.rng.IntN(5)]
 		}
 		if w.rng.IntN(4) > 0 {
-			w.f.PutAt(ModuleVersion{stormModule, w.versions[0]}.object(ext), data, metadata, time.Now().Add(-time.Minute))
+			w.f.PutAt(ModuleVersion{stormModule, w.versions[0]}.object(ext), c.file(ext), metadata, time.Now().Add(-time.Minute))
 		}
 	}
 	w.inspect()
