@@ -21,16 +21,20 @@ import (
 // overBoth runs a test on an empty bucket over HTTP, and on another over gRPC.
 func overBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage)) {
 	t.Helper()
+	machineOverBoth(t, func(t *testing.T, f *fakeGCS, m *fakegcs.Machine) { test(t, f, NewStorage(m.Bucket)) })
+}
+
+// machineOverBoth is overBoth for a test that wants the client.
+func machineOverBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, m *fakegcs.Machine)) {
+	t.Helper()
 	for name, connect := range map[string]func(m *fakegcs.Machine){
 		"HTTP": func(m *fakegcs.Machine) { m.Connect(m) },
 		"gRPC": func(m *fakegcs.Machine) { m.ConnectGRPC() },
 	} {
-		t.Run(name, func(t *testing.T) {
-			bubble(t, 0, func(t *testing.T, f *fakeGCS) {
-				m := f.Register("m")
-				connect(m)
-				test(t, f, NewStorage(m.Bucket))
-			})
+		run(t, name, withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+			m := f.Register("m")
+			connect(m)
+			test(t, f, m)
 		})
 	}
 }

@@ -239,11 +239,59 @@ func requireNothingInFlight(t *testing.T, f *fakeGCS) {
 	require.Zero(t, bodies)
 }
 
+// A wire is the way of a machine's requests. What meets returns, if it is an answer or an
+// error, is what a request meets. Otherwise the request goes on, as meets has edited it.
+type wire struct {
+	http.RoundTripper
+	meets func(*http.Request) (*http.Response, error)
+}
+
+func (w wire) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	resp, err := w.meets(r)
+	if resp == nil && err == nil {
+		return w.RoundTripper.RoundTrip(r)
+	}
+	if r.Body != nil {
+		r.Body.Close()
+	}
+	if resp != nil {
+		resp.Request = r
+	}
+	return resp, err
+}
+
+// on returns a Storage whose requests go over a wire.
+func (f *fakeGCS) on(meets func(*http.Request) (*http.Response, error), opts ...Option) *Storage {
+	m := f.Register("wire")
+	m.Connect(wire{m, meets})
+	return NewStorage(m.Bucket, opts...)
+}
+
 // behind is a Storage whose requests pass through edit, which may answer itself.
-func behind(f *fakeGCS, edit func(*http.Request) *http.Response) *Storage {
-	m := f.Register("behind")
-	m.Connect(editTransport{m, edit})
+func behind(f *fakeGCS, edit func(*http.Request) *http.Response, opts ...Option) *Storage {
+	return f.on(func(r *http.Request) (*http.Response, error) { return edit(r), nil }, opts...)
+}
+
+// edited returns a Storage the n-th of whose answers, from 1, passes through edit.
+func (f *fakeGCS) edited(edit func(n int, resp *http.Response)) *Storage {
+	m, n := f.Register("edited"), 0
+	m.Connect(wire{nil, func(r *http.Request) (*http.Response, error) {
+		resp, err := m.RoundTrip(r)
+		if n++; err == nil && edit != nil {
+			edit(n, resp)
+		}
+		return resp, err
+	}})
 	return NewStorage(m.Bucket)
+}
+
+// become puts another body in the place of an answer's.
+func become(resp *http.Response, body io.Reader) {
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{body, resp.Body}
 }
 
 // answer is a refusal, as GCS words it.
@@ -254,43 +302,17 @@ func answer(code int, message string) *http.Response {
 	}
 }
 
-type editTransport struct {
-	next http.RoundTripper
-	edit func(*http.Request) *http.Response
-}
-
-func (e editTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	r = r.Clone(r.Context())
-	if resp := e.edit(r); resp != nil {
-		if r.Body != nil {
-			r.Body.Close()
-		}
-		resp.Request = r
-		return resp, nil
-	}
-	return e.next.RoundTrip(r)
-}
-
 // missing returns a Storage whose first listing lacks an object, for it has another name there.
 func missing(f *fakeGCS, ext string) *Storage {
-	m, name, listed := f.Register("missing"), []byte(objectName(ext)), false
-	m.Connect(roundTripper(func(r *http.Request) (*http.Response, error) {
-		resp, err := m.RoundTrip(r)
-		if err == nil && !listed && r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/o") {
+	name, listed := []byte(objectName(ext)), false
+	return f.edited(func(_ int, resp *http.Response) {
+		if !listed && resp.Request.Method == http.MethodGet && strings.HasSuffix(resp.Request.URL.Path, "/o") {
 			listed = true
 			body, _ := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			resp.Body = io.NopCloser(bytes.NewReader(bytes.ReplaceAll(body, name, bytes.ToUpper(name))))
+			become(resp, bytes.NewReader(bytes.ReplaceAll(body, name, bytes.ToUpper(name))))
 		}
-		return resp, err
-	}))
-	return NewStorage(m.Bucket)
+	})
 }
-
-// roundTripper is a transport made of a function.
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (do roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return do(r) }
 
 // allExts are the endings of a version's objects.
 var allExts = []string{extInfo, extMod, extZip}

@@ -690,12 +690,12 @@ func (r *rehearsal) add(do role) *actor {
 	a := &actor{role: do, m: r.f.Register(do.name), content: contentOf(do.name, max(r.zip, 20)), counts: map[string]int{}, saw: map[string]bool{}}
 	r.own(do.name, a.content)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
-	a.m.Connect(editTransport{a.m, func(q *http.Request) *http.Response {
+	a.m.Connect(wire{a.m, func(q *http.Request) (*http.Response, error) {
 		if query := q.URL.Query(); r.page > 0 && strings.HasSuffix(q.URL.Path, "/o") && q.Method == http.MethodGet {
 			query.Set("maxResults", strconv.Itoa(r.page))
 			q.URL.RawQuery = query.Encode()
 		}
-		return nil
+		return nil, nil
 	}})
 	a.s = NewStorage(a.m.Bucket, WithStaleThreshold(scheduleThreshold), WithChunkSize(256<<10))
 	a.s.now = func() time.Time { return time.Now().Add(do.skew + time.Duration(r.jumped.Load())) }

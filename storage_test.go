@@ -182,8 +182,7 @@ func TestServerThatKeepsMetadata(t *testing.T) {
 // leavingMetadata is a Storage whose server leaves an object's metadata as it is
 // when it is to be set to what leaves names: null, empty.
 func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
-	m := f.Register("leaving")
-	m.Connect(editTransport{m, func(r *http.Request) *http.Response {
+	return behind(f, func(r *http.Request) *http.Response {
 		if r.Method != http.MethodPatch {
 			return nil
 		}
@@ -197,6 +196,5 @@ func leavingMetadata(f *fakeGCS, leaves string, opts ...Option) *Storage {
 		}
 		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(sent)), int64(len(sent))
 		return nil
-	}})
-	return NewStorage(m.Bucket, opts...)
+	}, opts...)
 }
