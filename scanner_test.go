@@ -65,6 +65,7 @@ func stateCases() []stateCase {
 		{"complete of one save", files{extInfo: of("a"), extMod: of("a"), extZip: of("a")}, Complete, 0, Complete, 1},
 		{"complete, empty marker", files{extInfo: of("a"), extMod: cleared(), extZip: of("a")}, Complete, 0, Complete, 1},
 		{"complete and claimed", files{extInfo: nil, extMod: nil, extZip: nil, extClaim: at(time.Minute, "c")}, Complete, 0, Complete, 2},
+		{"complete and claimed anew", files{extInfo: nil, extMod: nil, extZip: nil, extClaim: at(time.Second, "c")}, Complete, 0, Complete, 1},
 		{"copied", files{extInfo: copied, extMod: of("a"), extZip: copied}, Complete, 1, Complete, 2},
 	}
 }

@@ -68,10 +68,11 @@ var stockLacks = map[ability]string{
 
 var programLacks = with(stockLacks, keepsGenerations, "fake-gcs-server gives an object in a file a new generation with each update")
 
-func with(lacks map[ability]string, a ability, why string) map[ability]string {
-	lacks = maps.Clone(lacks)
-	lacks[a] = why
-	return lacks
+// with returns a map with one entry more.
+func with[M ~map[K]V, K comparable, V any](m M, key K, value V) M {
+	m = maps.Clone(m)
+	m[key] = value
+	return m
 }
 
 const short = 400 * time.Millisecond

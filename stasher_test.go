@@ -55,36 +55,15 @@ type origin struct {
 
 	mu    sync.Mutex
 	calls map[ModuleVersion]int // by what was asked for
-	begun int                   // fetches
 	now   int                   // fetches under way,
 	most  int                   // and the most there ever were
-}
-
-// begin counts a fetch, and returns how many there were.
-func (o *origin) begin(v ModuleVersion) int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.calls == nil {
-		o.calls = map[ModuleVersion]int{}
-	}
-	o.calls[v]++
-	o.begun++
-	o.now++
-	o.most = max(o.most, o.now)
-	return o.begun
-}
-
-func (o *origin) end() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.now--
 }
 
 // stasher fetches for a Storage, as Athens' own does, and stores what it fetched.
 func (o *origin) stasher(s *Storage) Stasher {
 	return stashFunc(func(ctx context.Context, module, vers string) (string, error) {
-		n := o.begin(ModuleVersion{module, vers})
-		defer o.end()
+		n := o.count(ModuleVersion{module, vers}, 1, 1)
+		defer o.count(ModuleVersion{module, vers}, 0, -1)
 		if err := sleep(ctx, o.takes); err != nil {
 			return "", err
 		}
@@ -101,12 +80,24 @@ func (o *origin) stasher(s *Storage) Stasher {
 	})
 }
 
-// total returns how many fetches have begun.
-func (o *origin) total() int {
+// count counts fetches that begin, and those under way. It returns how many have begun.
+func (o *origin) count(v ModuleVersion, begun, now int) (n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.begun
+	if o.calls == nil {
+		o.calls = map[ModuleVersion]int{}
+	}
+	o.calls[v] += begun
+	o.now += now
+	o.most = max(o.most, o.now)
+	for _, calls := range o.calls {
+		n += calls
+	}
+	return n
 }
+
+// total returns how many fetches have begun.
+func (o *origin) total() int { return o.count(ModuleVersion{}, 0, 0) }
 
 // resolved is the version that a version or a branch is at the origin.
 func resolved(vers string) string {
@@ -327,99 +318,115 @@ func TestSingleFlightJoinsAbandoned(t *testing.T) {
 	})
 }
 
-// What is no version of a module cannot be looked for in the bucket.
-func TestSingleFlightBadRequest(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
+// What cannot be claimed, or looked for, is not fetched, and the error is not next's.
+func TestSingleFlightFails(t *testing.T) {
+	type testCase struct {
+		module   string
+		before   func(f *fakeGCS)
+		kind     int
+		says     string
+		requests int // at most
+	}
+	forNamed(t, inFleet, map[string]testCase{
+		"no module": {"a//b", func(*fakeGCS) {}, KindBadRequest, "", 0},
+		"no list":   {testModule, func(f *fakeGCS) { f.Deny("storage.objects.list") }, KindUnexpected, "storage.objects.list", 40},
+		// for another reason than the condition
+		"refused": {testModule, func(f *fakeGCS) { f.fault(fakegcs.PreconditionFailed, on("", "insert", extClaim)) }, KindUnexpected, "", 39},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
+		test.before(f)
 		o := &origin{}
-		_, err := newReplica(f, o, "a").Stash(t.Context(), "a//b", testVersion)
-		require.Equal(t, KindBadRequest, Kind(err))
+		_, err := newReplica(f, o, "a").Stash(t.Context(), test.module, testVersion)
+		requireError(t, err, test.kind, "gcs.Stash", test.module, testVersion)
+		require.ErrorContains(t, err, test.says)
 		require.Zero(t, o.total())
-		require.Empty(t, f.Log())
+		require.LessOrEqual(t, len(f.Log()), test.requests)
 	})
 }
 
-// What is complete, or but for the last step, is not fetched again. What is left of
-// a version, if no save is at work on it, is fetched and healed.
+// What a flight finds, how often it fetches then, and how long it takes.
 func TestSingleFlightFinds(t *testing.T) {
-	saved := map[string]string{keySaveID: "dead"}
 	type testCase struct {
-		mark, others    map[string]string
-		exts            []string
-		calls, requests int
+		found             func(t *testing.T, f *fakeGCS)
+		fetches, requests int // 0 requests are any number
+		after, until      time.Duration
 	}
+	claim, saved := on("", "insert", extClaim), map[string]string{keySaveID: "dead"}
+	objects := func(mark, others map[string]string, exts ...string) func(*testing.T, *fakeGCS) {
+		return func(t *testing.T, f *fakeGCS) {
+			f.put(testVersionName, mark, others, exts...)
+			time.Sleep(DefaultStaleThreshold)
+		}
+	}
+	claimed := func(f *fakeGCS, marker map[string]string) {
+		f.Put(objectName(extClaim), nil, marker)
+		time.Sleep(2 * time.Second)
+	}
+	// A machine that saves without a claim, as Athens' pull of a query does, and a second later.
+	saving := func(t *testing.T, f *fakeGCS, rest io.Reader) *fakegcs.Machine {
+		saver := f.Machine("saver")
+		go contentOf(testVersion, 100).saveHalf(within(t, 30*time.Second), NewStorage(saver.Bucket), sleepReader(20*time.Second), rest)
+		time.Sleep(time.Second)
+		return saver
+	}
+	rest := contentOf(testVersion, 100).zip[2:]
 	forNamed(t, inFleet, map[string]testCase{
-		"complete":   {nil, saved, allExts, 0, 3},
-		"unfinished": {marked(givenUp, "dead"), saved, allExts, 0, 4},
-		"old Athens": {map[string]string{keyInProgressOld: "true"}, nil, allExts, 0, 4},
-		"partial":    {nil, nil, []string{extMod, extInfo}, 1, 0},
-		"given up":   {marked(givenUp, "dead"), nil, []string{extMod}, 1, 0},
-		"abandoned":  {marked(givenUp, "dead"), nil, allExts, 1, 0},
+		// What is complete, or but for the last step, is not fetched again.
+		"complete":   {objects(nil, saved, allExts...), 0, 3, 0, time.Second},
+		"unfinished": {objects(marked(givenUp, "dead"), saved, allExts...), 0, 4, 0, time.Second},
+		"old Athens": {objects(map[string]string{keyInProgressOld: "true"}, nil, allExts...), 0, 4, 0, time.Second},
+		// What is left of a version, if no save is at work on it, is fetched and healed.
+		"partial":   {objects(nil, nil, extMod, extInfo), 1, 0, 0, time.Second},
+		"given up":  {objects(marked(givenUp, "dead"), nil, extMod), 1, 0, 0, time.Second},
+		"abandoned": {objects(marked(givenUp, "dead"), nil, allExts...), 1, 0, 0, time.Second},
+		// A save is waited for, until it is done, or fails, or is dead.
+		"save":         {func(t *testing.T, f *fakeGCS) { saving(t, f, bytes.NewReader(rest)) }, 0, 0, 18 * time.Second, 23 * time.Second},
+		"failing save": {func(t *testing.T, f *fakeGCS) { saving(t, f, iotest.ErrReader(io.ErrUnexpectedEOF)) }, 1, 0, 18 * time.Second, 23 * time.Second},
+		"dying save": {func(t *testing.T, f *fakeGCS) { saving(t, f, bytes.NewReader(nil)).Crash() }, 1, 0,
+			DefaultStaleThreshold - 2*time.Second, DefaultStaleThreshold + 4*time.Second},
+		// One that begins just before the claim is made is waited for without the claim,
+		// which would have to be renewed.
+		"save before its claim": {func(t *testing.T, f *fakeGCS) {
+			f.atFirst(claim, func() { saving(t, f, bytes.NewReader(rest)) })
+			time.AfterFunc(5*time.Second, func() { require.Empty(t, locks(f)) })
+		}, 0, 0, 19 * time.Second, 24 * time.Second},
+		// A claim that nobody renews any more is taken over, at once if it is stale, and
+		// one that cannot be read, or is from the future, when GCS says it is.
+		"stale claim":             {func(_ *testing.T, f *fakeGCS) { claimed(f, marked(time.Now().Add(-claimStale), "dead")) }, 1, 0, 0, time.Second},
+		"claim that was given up": {func(_ *testing.T, f *fakeGCS) { claimed(f, marked(givenUp, "dead")) }, 1, 0, 0, time.Second},
+		"claim without a marker":  {func(_ *testing.T, f *fakeGCS) { claimed(f, nil) }, 1, 0, 0, time.Second},
+		"claim that says garbage": {func(_ *testing.T, f *fakeGCS) { claimed(f, map[string]string{keyInProgress: "soon"}) }, 1, 0,
+			claimStale - 5*time.Second, claimStale + 5*time.Second},
+		"claim of 2099": {func(_ *testing.T, f *fakeGCS) {
+			claimed(f, marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "dead"))
+		}, 1, 0,
+			claimStale - 5*time.Second, claimStale + 5*time.Second},
+		// A version that is stored while a stale claim is taken over is not fetched.
+		"stored during the takeover": {func(t *testing.T, f *fakeGCS) {
+			claimed(f, marked(time.Now().Add(-claimStale), "dead"))
+			f.atFirst(but(claim, first(1, claim)), func() { storeVersion(f, testModule, testVersion) }) // the first is refused
+		}, 0, 0, 0, time.Second},
+		// A claim that may still arrive beside a complete version is not fenced by another.
+		"stored before a late claim": {func(t *testing.T, f *fakeGCS) {
+			f.fault(fakegcs.PreconditionFailed, first(1, claim)) // the second of all
+			f.atFirst(claim, func() { storeVersion(f, testModule, testVersion) })
+			f.fault(fakegcs.StrayReset, first(1, claim))
+		}, 0, 0, 0, time.Minute},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		f.put(testVersionName, test.mark, test.others, test.exts...)
-		time.Sleep(DefaultStaleThreshold)
+		test.found(t, f)
 		o := &origin{}
 		a := newReplica(f, o, "a")
-		requireStash(t, a, testVersion, testVersion)
-		require.Equal(t, test.calls, o.total())
-		if test.calls == 0 {
+		f.ResetLog()
+		took := timeOf(func() { requireStash(t, a, testVersion, testVersion) })
+		require.Equal(t, test.fetches, o.total())
+		require.GreaterOrEqual(t, took, test.after)
+		require.Less(t, took, test.until)
+		if test.requests > 0 {
 			require.Len(t, f.Log(), test.requests)
-			requireExists(t, a.s, testVersion, true)
-			return
 		}
-		requireComplete(t, f, testModule, testVersion)
-	})
-}
-
-// A machine that saves without a claim, as Athens' pull of a query does, is
-// waited for all the same: until it is done, or fails, or is dead.
-func TestSingleFlightWaitsForSave(t *testing.T) {
-	type testCase struct {
-		zip          io.Reader
-		crash        bool
-		calls        int
-		after, until time.Duration
-	}
-	forNamed(t, inFleet, map[string]testCase{
-		"done":  {bytes.NewReader(contentOf(testVersion, 100).zip[2:]), false, 0, 20 * time.Second, 23 * time.Second},
-		"fails": {iotest.ErrReader(io.ErrUnexpectedEOF), false, 1, 20 * time.Second, 23 * time.Second},
-		"dies":  {bytes.NewReader(nil), true, 1, DefaultStaleThreshold, DefaultStaleThreshold + 4*time.Second},
-	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		saver := f.Machine("saver")
-		ctx, cancel := context.WithCancel(t.Context())
-		go contentOf(testVersion, 100).saveHalf(ctx, NewStorage(saver.Bucket), sleepReader(20*time.Second), test.zip)
-		time.Sleep(time.Second)
-		if test.crash {
-			saver.Crash()
+		if f.count(on("", "", extZip)) > 0 { // it was saved
+			requireComplete(t, f, testModule, testVersion)
 		}
-		start := time.Now()
-		o := &origin{}
-		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
-		require.Equal(t, test.calls, o.total())
-		require.Greater(t, time.Since(start), test.after-2*time.Second)
-		require.Less(t, time.Since(start), test.until)
-		requireComplete(t, f, testModule, testVersion)
-		cancel()
-		time.Sleep(time.Minute)
-	})
-}
-
-// A save that begins just before the claim is made is waited for without the
-// claim, which would have to be renewed.
-func TestSingleFlightSaveComesBetween(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		var group sync.WaitGroup
-		f.atFirst(on("", "insert", extClaim), func() {
-			group.Go(func() {
-				require.NoError(t, contentOf(testVersion, 100).saveSlowly(t.Context(), f.storage("saver"), 20*time.Second))
-			})
-			time.Sleep(time.Second)
-		})
-		o := &origin{}
-		group.Go(func() { requireStash(t, newReplica(f, o, "a"), testVersion, testVersion) })
-		time.Sleep(5 * time.Second)
-		require.Empty(t, locks(f))
-		group.Wait()
-		require.Zero(t, o.total()) // the save has stored it
+		requireExists(t, a.s, testVersion, true)
 	})
 }
 
@@ -560,30 +567,38 @@ func TestSingleFlightFleetLate(t *testing.T) {
 }
 
 // When the holder of the claim fails, its caller is told why. All others fetch at
-// once: they do not queue for what may exist nowhere.
+// once: they do not queue for what may exist nowhere. Each gets the answer of its own
+// fetch, and no refusal of a claim, however many others were quicker.
 func TestSingleFlightHolderFails(t *testing.T) {
-	for _, once := range []bool{true, false} {
-		for _, n := range []int{2, 8, 32} {
-			for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
-				run(t, fmt.Sprint("once ", once, n, latency), inFleet, func(t *testing.T, f *fakeGCS) {
-					f.SetLatency(latency)
-					o := &origin{takes: 20 * time.Second, fail: func(call int) bool { return call == 1 || !once }}
-					errs, took := stashAll(t, newFleet(f, o, n), 0)
-					failed := requireGone(t, errs)
-					require.Equal(t, n, o.total())
-					require.Equal(t, n-1, o.most)
-					require.Less(t, took, 2*o.takes+lastPoll+10*latency)
-					if once {
-						require.Equal(t, 1, failed)
-						requireComplete(t, f, testModule, testVersion)
-					} else {
-						require.Equal(t, n, failed)
-						require.Empty(t, f.Names())
-					}
-				})
-			}
+	type testCase struct {
+		once           bool
+		n              int
+		latency, takes time.Duration
+	}
+	cases := []testCase{{false, 24, 500 * time.Millisecond, 0}} // so that many are refused at once
+	for _, n := range []int{2, 8, 32} {
+		for _, latency := range []time.Duration{20 * time.Millisecond, 500 * time.Millisecond} {
+			cases = append(cases, testCase{true, n, latency, 20 * time.Second}, testCase{false, n, latency, 20 * time.Second})
 		}
 	}
+	forEach(t, inFleet, cases, func(t *testing.T, f *fakeGCS, test testCase) {
+		f.SetLatency(test.latency)
+		o := &origin{takes: test.takes, fail: func(call int) bool { return call == 1 || !test.once }}
+		errs, took := stashAll(t, newFleet(f, o, test.n), 0)
+		failed := requireGone(t, errs)
+		require.Equal(t, test.n, o.total())
+		require.Less(t, took, 2*o.takes+lastPoll+10*test.latency)
+		if o.takes > 0 {
+			require.Equal(t, test.n-1, o.most)
+		}
+		if test.once {
+			require.Equal(t, 1, failed)
+			requireComplete(t, f, testModule, testVersion)
+		} else {
+			require.Equal(t, test.n, failed)
+			require.Empty(t, f.Names())
+		}
+	})
 }
 
 // requireGone checks that errors are errGone, and returns how many there are.
@@ -625,18 +640,6 @@ func TestSingleFlightSlowSaveFails(t *testing.T) {
 	})
 }
 
-// Every caller gets the answer of a fetch, and no refusal of a claim, however many
-// others were quicker.
-func TestSingleFlightAllFailQuickly(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.SetLatency(500 * time.Millisecond) // so that many are refused at once
-		o := &origin{fail: func(int) bool { return true }}
-		errs, _ := stashAll(t, newFleet(f, o, 24), 0)
-		require.Equal(t, 24, requireGone(t, errs))
-		require.Equal(t, 24, o.total())
-	})
-}
-
 // A holder that dies in the middle of its fetch delays the others by a quarter of
 // the threshold. One of them claims the version then; when that one fails, the
 // others fetch at once.
@@ -671,15 +674,23 @@ func TestSingleFlightHolderCrashes(t *testing.T) {
 	}
 }
 
-// A fetch that takes longer than the threshold keeps its claim.
-func TestSingleFlightSlowHolder(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
+// A fetch that takes longer than the threshold keeps its claim. However short the
+// threshold is, the claim is not renewed more than once a second.
+func TestSingleFlightRenews(t *testing.T) {
+	type testCase struct {
+		takes, threshold time.Duration
+		times            int
+	}
+	forNamed(t, inFleet, map[string]testCase{
+		"beyond the threshold":  {10 * time.Minute, DefaultStaleThreshold, int(10 * time.Minute / (claimStale / renewals))},
+		"not twice in a second": {10 * time.Second, 8 * time.Second, 10},
+	}, func(t *testing.T, f *fakeGCS, test testCase) {
 		f.EnforceRates(true)
-		o := &origin{takes: 10 * time.Minute}
-		errs, _ := stashAll(t, newFleet(f, o, 2), 0)
+		o := &origin{takes: test.takes}
+		errs, _ := stashAll(t, newFleet(f, o, 2, WithStaleThreshold(test.threshold)), 0)
 		requireNoErrors(t, errs)
 		require.Equal(t, 1, o.total())
-		require.InDelta(t, o.takes/(claimStale/renewals), renewed(t, f, extClaim), 1)
+		require.InDelta(t, test.times, renewed(t, f, extClaim), 1)
 	})
 }
 
@@ -688,16 +699,6 @@ func TestSingleFlightSlowHolder(t *testing.T) {
 func renewed(t *testing.T, f *fakeGCS, ext string) (n int) {
 	require.Zero(t, f.count(func(r *fakegcs.Request) bool { return r.Status == 429 }))
 	return f.count(func(r *fakegcs.Request) bool { return on("", "patch", ext)(r) && r.Applied })
-}
-
-// However short the threshold is, a claim is not renewed more than once a second.
-func TestSingleFlightRenewsOnceASecond(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.EnforceRates(true)
-		o := &origin{takes: 10 * time.Second}
-		requireStash(t, newReplica(f, o, "a", WithStaleThreshold(8*time.Second)), testVersion, testVersion)
-		require.InDelta(t, 10, renewed(t, f, extClaim), 1)
-	})
 }
 
 // A flight waits for 15 minutes, and no longer. It leaves the holder alone.
@@ -748,64 +749,19 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 	})
 }
 
-// A claim that nobody renews any more is taken over, at once if it is stale, and
-// one that cannot be read, or is from the future, when GCS says it is.
-func TestSingleFlightStaleClaim(t *testing.T) {
-	type testCase struct {
-		metadata func() map[string]string // by the clock of the bubble
-		waits    bool
-	}
-	forNamed(t, inFleet, map[string]testCase{
-		"stale":     {func() map[string]string { return marked(time.Now().Add(-claimStale), "dead") }, false},
-		"given up":  {func() map[string]string { return marked(givenUp, "dead") }, false},
-		"no marker": {func() map[string]string { return nil }, false},
-		"garbage":   {func() map[string]string { return map[string]string{keyInProgress: "soon"} }, true},
-		"2099":      {func() map[string]string { return marked(time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC), "dead") }, true},
-	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		f.Put(objectName(extClaim), nil, test.metadata())
-		time.Sleep(2 * time.Second)
-		o := &origin{}
-		start := time.Now()
-		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
-		require.Equal(t, 1, o.total())
-		if test.waits {
-			require.InDelta(t, claimStale.Seconds(), time.Since(start).Seconds(), 5)
-		} else {
-			require.Less(t, time.Since(start), time.Second)
-		}
-		requireComplete(t, f, testModule, testVersion)
-	})
-}
-
-// A claim is no part of a version, to whomever. Scan shows it.
+// A claim is no part of a version that is saved or deleted. TestScanStates and TestExistsStates
+// show what others see of claims.
 func TestClaimIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		s := f.storage("a")
-		fresh := func(v ModuleVersion) { f.Put(v.object(extClaim), nil, marked(time.Now(), "other")) }
-		fresh(ModuleVersion{testModule, "v0.9.0"}) // a version that is being fetched
-		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-		fresh(testVersionName)
-		fresh(ModuleVersion{"another.org/mod", "v1.0.0"})
-
-		seen := scanned(t, s, "another.org/mod")
-		require.Len(t, seen, 1)
-		require.WithinDuration(t, time.Now(), seen[0].Claimed, time.Second)
-		require.Equal(t, VersionStatus{ModuleVersion: ModuleVersion{"another.org/mod", "v1.0.0"}, State: Absent,
-			Missing: []string{extInfo, extMod, extZip}, Claimed: seen[0].Claimed}, seen[0])
-
-		requireList(t, s, testModule, testVersion)
-		requireList(t, s, "another.org/mod")
-		require.Equal(t, []ModuleVersion{testVersionName}, catalogOf(t, s, 0))
-		requireExists(t, s, testVersion, true)
-		requireExists(t, s, "v0.9.0", false)
-		require.True(t, Is(s.Delete(t.Context(), testModule, "v0.9.0"), KindNotFound))
-		require.True(t, Is(stashSave(t.Context(), s, testModule, testVersion), KindAlreadyExists))
-		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-		require.True(t, Is(s.Delete(t.Context(), testModule, testVersion), KindNotFound))
-		start := time.Now()
-		require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-		require.Less(t, time.Since(start), time.Second)
-		require.Len(t, locks(f), 3) // fresh ones are not touched
+		f.Put(objectName(extClaim), nil, marked(time.Now(), "other")) // fresh
+		for range 2 {
+			require.True(t, Is(s.Delete(t.Context(), testModule, testVersion), KindNotFound))
+			require.Less(t, timeOf(func() { require.NoError(t, stashSave(t.Context(), s, testModule, testVersion)) }), time.Second)
+			require.True(t, Is(stashSave(t.Context(), s, testModule, testVersion), KindAlreadyExists))
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
+		}
+		require.Len(t, locks(f), 1)
 	})
 }
 
@@ -841,19 +797,6 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 			}
 		}
 	}
-}
-
-// Repair removes a stale claim of a version of which nothing else is there, and
-// leaves a fresh one alone.
-func TestRepairRemovesLoneClaim(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
-		for _, left := range []int{1, 0} {
-			returns(t, Absent)(f.storage("a").Repair(t.Context(), testModule, testVersion))
-			require.Len(t, locks(f), left)
-			time.Sleep(claimStale)
-		}
-	})
 }
 
 // Where objects may not be deleted, each machine fetches for itself, says so
@@ -955,16 +898,6 @@ func TestSingleFlightInsists(t *testing.T) {
 	})
 }
 
-// A claim that is refused for another reason than its condition ends the flight.
-func TestSingleFlightNeverClaims(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.fault(fakegcs.PreconditionFailed, on("", "insert", extClaim))
-		_, err := newReplica(f, &origin{}, "a").Stash(t.Context(), testModule, testVersion)
-		requireKind(t, err, KindUnexpected)
-		require.Less(t, len(f.Log()), 40)
-	})
-}
-
 // A retention policy keeps locks as it keeps everything. Versions are fetched
 // and stored all the same, and nobody is delayed.
 func TestSingleFlightRetention(t *testing.T) {
@@ -982,17 +915,18 @@ func TestSingleFlightRetention(t *testing.T) {
 	})
 }
 
-// A bucket that cannot be listed tells nothing of the version, and the error is
-// not next's.
-func TestSingleFlightNoList(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.Deny("storage.objects.list")
-		o := &origin{}
-		_, err := newReplica(f, o, "a").Stash(t.Context(), testModule, testVersion)
-		requireKind(t, err, KindUnexpected)
-		require.ErrorContains(t, err, "storage.objects.list")
-		require.Zero(t, o.total())
-	})
+// forEachRequest runs a test for each request of machine 0, which meets that fault, and
+// returns how many there are.
+func forEachRequest(t *testing.T, in arena, fault fakegcs.Fault, test func(t *testing.T, f *fakeGCS, n int, met *bool)) (n int) {
+	for met := true; met; n++ {
+		met = false
+		in(t, func(t *testing.T, f *fakeGCS) {
+			f.fault(fault, nth("0", n))
+			f.before(nth("0", n), func() { met = true })
+			test(t, f, n, &met)
+		})
+	}
+	return n - 1
 }
 
 // Whatever befalls one request of one replica, also if its caller leaves, the
@@ -1002,38 +936,31 @@ func TestSingleFlightFaults(t *testing.T) {
 	for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.Hung, fakegcs.HungApplied} {
 		for _, leaves := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v leaves %v", fault, leaves), func(t *testing.T) {
-				for n, met := 0, true; met; n++ {
-					met = false
-					inFleet(t, func(t *testing.T, f *fakeGCS) {
-						o := &origin{takes: threshold/claimFraction/renewals + time.Second} // with one renewal
-						ctx, cancel := context.WithCancel(t.Context())
-						defer cancel()
-						f.fault(fault, nth("0", n))
-						f.before(nth("0", n), func() {
-							met = true
-							if leaves {
-								time.AfterFunc(time.Second, cancel)
-							}
-						})
-						start := time.Now()
-						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
-						together(2, func(i int) {
-							time.Sleep(time.Duration(i) * time.Millisecond)
-							saved, err := fleet[i].Stash([]context.Context{ctx, t.Context()}[i], testModule, testVersion)
-							if err != nil && leaves && i == 0 {
-								require.ErrorIs(t, err, context.Canceled, "at request %d", n)
-								return
-							}
-							require.NoError(t, err, "at request %d", n)
-							require.Equal(t, testVersion, saved, "at request %d", n)
-						})
-						require.Less(t, time.Since(start), o.takes+20*time.Second, "at request %d", n)
-						requireComplete(t, f, testModule, testVersion)
-						time.Sleep(releaseTimeout) // a flight without callers ends
-						require.Equal(t, 1, o.total(), "at request %d", n)
+				requests := forEachRequest(t, inFleet, fault, func(t *testing.T, f *fakeGCS, n int, _ *bool) {
+					o := &origin{takes: threshold/claimFraction/renewals + time.Second} // with one renewal
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					if leaves {
+						f.before(nth("0", n), func() { time.AfterFunc(time.Second, cancel) })
+					}
+					start := time.Now()
+					fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
+					together(2, func(i int) {
+						time.Sleep(time.Duration(i) * time.Millisecond)
+						saved, err := fleet[i].Stash([]context.Context{ctx, t.Context()}[i], testModule, testVersion)
+						if err != nil && leaves && i == 0 {
+							require.ErrorIs(t, err, context.Canceled, "at request %d", n)
+							return
+						}
+						require.NoError(t, err, "at request %d", n)
+						require.Equal(t, testVersion, saved, "at request %d", n)
 					})
-					require.True(t, met || n > 7)
-				}
+					require.Less(t, time.Since(start), o.takes+20*time.Second, "at request %d", n)
+					requireComplete(t, f, testModule, testVersion)
+					time.Sleep(releaseTimeout) // a flight without callers ends
+					require.Equal(t, 1, o.total(), "at request %d", n)
+				})
+				require.Greater(t, requests, 7)
 			})
 		}
 	}
@@ -1044,46 +971,35 @@ func TestSingleFlightFaults(t *testing.T) {
 // version that is stored is removed by the next flight, or by Repair.
 func TestSingleFlightCrashes(t *testing.T) {
 	const threshold = 20 * time.Second
-	for _, fault := range []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter} {
+	for _, fault := range crashes {
 		for _, repair := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v repair %v", fault, repair), func(t *testing.T) {
 				stayed := 0
-				for n, met := 0, true; met; n++ {
-					met = false
-					inCrowd(t, func(t *testing.T, f *fakeGCS) {
-						o := &origin{takes: threshold/claimFraction/renewals + time.Second}
-						f.fault(fault, nth("0", n))
-						f.before(nth("0", n), func() { met = true })
-						fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
-						ctx, cancel := context.WithCancel(t.Context())
-						go fleet[0].Stash(ctx, testModule, testVersion)
-						time.Sleep(time.Second)
-						start := time.Now()
-						stash := func() {
-							saved, err := fleet[1].Stash(t.Context(), testModule, testVersion)
-							require.NoError(t, err, "at request %d", n)
-							require.Equal(t, testVersion, saved)
-						}
-						stash()
-						require.LessOrEqual(t, o.total(), 2)
-						limit := o.takes
-						if met { // by now, or later
-							limit += threshold + o.takes
-						}
-						require.Less(t, time.Since(start), limit+5*time.Second, "at request %d", n)
-						requireComplete(t, f, testModule, testVersion)
-						stayed += len(locks(f))
-						time.Sleep(threshold / claimFraction)
-						if repair {
-							returns(t, Complete)(fleet[1].s.Repair(t.Context(), testModule, testVersion))
-						} else {
-							stash()
-						}
-						require.Empty(t, locks(f), "at request %d", n)
-						cancel()
-						time.Sleep(time.Minute)
-					})
-				}
+				forEachRequest(t, inCrowd, fault, func(t *testing.T, f *fakeGCS, n int, met *bool) {
+					o := &origin{takes: threshold/claimFraction/renewals + time.Second}
+					fleet := newFleet(f, o, 2, WithStaleThreshold(threshold))
+					ctx, cancel := context.WithCancel(t.Context())
+					go fleet[0].Stash(ctx, testModule, testVersion)
+					time.Sleep(time.Second)
+					took := timeOf(func() { requireStash(t, fleet[1], testVersion, testVersion) })
+					require.LessOrEqual(t, o.total(), 2)
+					limit := o.takes
+					if *met { // by now, or later
+						limit += threshold + o.takes
+					}
+					require.Less(t, took, limit+5*time.Second, "at request %d", n)
+					requireComplete(t, f, testModule, testVersion)
+					stayed += len(locks(f))
+					time.Sleep(threshold / claimFraction)
+					if repair {
+						returns(t, Complete)(fleet[1].s.Repair(t.Context(), testModule, testVersion))
+					} else {
+						requireStash(t, fleet[1], testVersion, testVersion)
+					}
+					require.Empty(t, locks(f), "at request %d", n)
+					cancel()
+					time.Sleep(time.Minute)
+				})
 				require.Positive(t, stayed)
 			})
 		}
@@ -1109,40 +1025,24 @@ func TestSingleFlightClaimStays(t *testing.T) {
 	})
 }
 
-// What a stash costs, in requests beside those of the Save that next makes.
+// What a stash costs: beside the four requests and three trips of the Save that next makes,
+// three requests one after another.
 func TestSingleFlightCost(t *testing.T) {
+	cheap, whole := []string{"insert", "list", "delete"}, files{extInfo: nil, extMod: nil, extZip: nil}
 	type testCase struct {
-		vers                  string
-		stored, claimed       bool
-		before, after, serial int
+		found files
+		ops   []string
+		trips int
 	}
 	forNamed(t, inFleet, map[string]testCase{
-		"new version":                           {testVersion, false, false, 2, 1, 3 + 3},
-		"complete version":                      {testVersion, true, false, 3, 0, 3},
-		"complete version beside a stale claim": {testVersion, true, true, 3, 0, 3},
-		"query":                                 {"master", false, false, 0, 0, 3},
+		"new version":                           {nil, []string{"insert", "list", "insert", "insert", "insert", "patch", "delete"}, 6},
+		"complete version":                      {whole, cheap, 3},
+		"complete version beside a stale claim": {with(whole, extClaim, marked(givenUp, "dead")), cheap, 3},
 	}, func(t *testing.T, f *fakeGCS, test testCase) {
-		s := f.storage("a")
-		if test.stored {
-			require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
-		}
-		if test.claimed {
-			f.Put(objectName(extClaim), nil, marked(givenUp, "dead"))
-		}
-		before, after := -1, 0
-		stasher := s.SingleFlight(stashFunc(func(ctx context.Context, module, vers string) (string, error) {
-			before = len(f.Log())
-			err := stashSave(ctx, s, module, resolved(vers))
-			after = len(f.Log())
-			return resolved(vers), err
-		}))
-		f.ResetLog()
-		requireStash(t, stasher, test.vers, resolved(test.vers))
-		log := f.Log()
-		if before < 0 {
-			before, after = len(log), len(log)
-		}
-		require.Equal(t, []int{test.before, test.after, test.serial}, []int{before, len(log) - after, fakegcs.SerialTrips(log)})
+		stateCase{files: test.found}.put(f, testVersionName)
+		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
+		require.Equal(t, test.ops, logged(f))
+		require.Equal(t, test.trips, fakegcs.SerialTrips(f.Log()))
 	})
 }
 
@@ -1182,18 +1082,6 @@ func TestClaimIsDeletedLast(t *testing.T) {
 	})
 }
 
-// A claim that may still arrive beside a complete version is not fenced by another.
-func TestClaimBesideComplete(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		claim := on("", "insert", extClaim)
-		f.fault(fakegcs.PreconditionFailed, first(1, claim)) // the second of all
-		f.atFirst(claim, func() { storeVersion(f, testModule, testVersion) })
-		f.fault(fakegcs.StrayReset, first(1, claim))
-		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
-		require.Empty(t, locks(f))
-	})
-}
-
 // A claim that was replaced before it went stale has failed, as one that is gone has.
 func TestSingleFlightHolderReplaced(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
@@ -1202,21 +1090,5 @@ func TestSingleFlightHolderReplaced(t *testing.T) {
 		start := time.Now()
 		requireStash(t, newReplica(f, &origin{}, "a"), testVersion, testVersion)
 		require.Less(t, time.Since(start), 6*time.Second)
-	})
-}
-
-// A version that is stored while a stale claim is taken over is not fetched.
-func TestSingleFlightLooksAfterTakeover(t *testing.T) {
-	inFleet(t, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extClaim), nil, marked(time.Now().Add(-claimStale), "dead"))
-		claims := 0
-		f.before(on("", "insert", extClaim), func() {
-			if claims++; claims == 2 { // the first is refused
-				storeVersion(f, testModule, testVersion)
-			}
-		})
-		o := &origin{}
-		requireStash(t, newReplica(f, o, "a"), testVersion, testVersion)
-		require.Zero(t, o.total())
 	})
 }
