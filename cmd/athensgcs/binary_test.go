@@ -28,24 +28,39 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// build builds a program of this repository.
-func build(t *testing.T, dir string) (binary string) {
-	t.Helper()
-	binary = filepath.Join(t.TempDir(), filepath.Base(dir)+".exe")
-	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", binary, dir).CombinedOutput()
-	require.NoError(t, err, string(out))
-	return binary
+// TestMain is the program itself if a test says so.
+func TestMain(m *testing.M) {
+	if os.Getenv("ATHENSGCS_TEST_MAIN") != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// process returns a command that runs the program.
+func process(t *testing.T, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "ATHENSGCS_TEST_MAIN=1")
+	return cmd
 }
 
 // TestBinary runs the program as a process.
 func TestBinary(t *testing.T) {
 	clearGoEnv(t)
-	binary, proxy := build(t, "."), build(t, "../../example/goproxy")
-	t.Run("commands", func(t *testing.T) { testCommands(t, binary) })
-	t.Run("signal", func(t *testing.T) { testSignal(t, binary) })
-	t.Run("second interrupt", func(t *testing.T) { testSecondInterrupt(t, binary) })
-	t.Run("proxy", func(t *testing.T) { testProxy(t, binary, proxy) })
-	t.Run("load", func(t *testing.T) { testLoad(t, binary, proxy) })
+	t.Run("commands", testCommands)
+	t.Run("signal", testSignal)
+	t.Run("second interrupt", testSecondInterrupt)
+}
+
+// TestBesideProxy runs the program as a process, on the bucket of a proxy.
+func TestBesideProxy(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it builds the proxy, into which the race detector does not see")
+	}
+	clearGoEnv(t)
+	proxy := filepath.Join(t.TempDir(), "goproxy.exe")
+	commandOutput(t, "", "go", "build", "-ldflags=-s -w", "-o", proxy, "../../example/goproxy")
+	t.Run("repair", func(t *testing.T) { testProxy(t, proxy) })
+	t.Run("load", func(t *testing.T) { testLoad(t, proxy) })
 }
 
 // listen serves the bucket to programs that are started after this.
@@ -55,10 +70,10 @@ func (b *bucket) listen(t *testing.T) {
 	t.Setenv("STORAGE_EMULATOR_HOST", server.Listener.Addr().String())
 }
 
-// output runs a program and returns its exit status and all its output.
-func output(t *testing.T, binary string, args ...string) (int, string) {
+// output runs the program and returns its exit status and all its output.
+func output(t *testing.T, args ...string) (int, string) {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), binary, args...).CombinedOutput()
+	out, err := process(t, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return exit.ExitCode(), string(out)
@@ -67,34 +82,34 @@ func output(t *testing.T, binary string, args ...string) (int, string) {
 	return 0, string(out)
 }
 
-func testCommands(t *testing.T, binary string) {
+func testCommands(t *testing.T) {
 	b := newBucket(t)
 	b.listen(t)
 	r := newRelease("example.com/hello", "v1.0.0")
 	b.put(r, nil, "info", "mod")
-	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	code, out := output(t, "check", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusFound, code, out)
 	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .zip, written now; ")
-	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	code, out = output(t, "repair", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 	assert.Empty(t, b.Names())
 	b.put(r, nil, "info", "mod", "zip")
-	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	code, out = output(t, "verify", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 	assert.Equal(t, "1 version, 424 B: 0 wrong\n", out)
-	code, out = output(t, binary, "check", "-bucket", "nowhere")
+	code, out = output(t, "check", "-bucket", "nowhere")
 	assert.Equal(t, statusFailed, code)
 	assertLine(t, out, "there is no bucket nowhere")
 }
 
 // testSignal interrupts the program in the middle of a zip.
-func testSignal(t *testing.T, binary string) {
+func testSignal(t *testing.T) {
 	b := newBucket(t)
 	b.listen(t)
 	for _, version := range []string{"v1.0.0", "v1.1.0"} {
 		b.put(newRelease("example.com/hello", version), nil, "info", "mod", "zip")
 	}
-	cmd := exec.CommandContext(t.Context(), binary, "verify", "-bucket", fakegcs.Bucket, "-j", "1")
+	cmd := process(t, "verify", "-bucket", fakegcs.Bucket, "-j", "1")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	started := make(chan struct{})
@@ -118,7 +133,7 @@ func testSignal(t *testing.T, binary string) {
 
 // testProxy has a proxy serve a module, spoils its bucket, and expects the proxy to
 // serve it again after a repair.
-func testProxy(t *testing.T, binary, proxy string) {
+func testProxy(t *testing.T, proxy string) {
 	upstream := t.TempDir()
 	for name, value := range map[string]string{
 		"GOENV": "off", "GOPROXY": "file://" + filepath.ToSlash(upstream), "GOSUMDB": "off", "GOWORK": "off", "GOFLAGS": "-mod=mod",
@@ -138,26 +153,26 @@ func testProxy(t *testing.T, binary, proxy string) {
 	defer client.Close()
 
 	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
-	code, out := output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	code, out := output(t, "check", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 
 	require.NoError(t, client.Bucket(fakegcs.Bucket).Object(r.object("info")).Delete(t.Context()))
-	code, out = output(t, binary, "check", "-bucket", fakegcs.Bucket)
+	code, out = output(t, "check", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusFound, code, out)
 	assert.Contains(t, out, "example.com/hello@v1.0.0: partial, no .info")
-	code, out = output(t, binary, "repair", "-bucket", fakegcs.Bucket)
+	code, out = output(t, "repair", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 	assert.Contains(t, out, "removed")
 
 	assert.Equal(t, r.zip, get("/example.com/hello/@v/v1.0.0.zip"))
-	code, out = output(t, binary, "verify", "-bucket", fakegcs.Bucket)
+	code, out = output(t, "verify", "-bucket", fakegcs.Bucket)
 	assert.Equal(t, statusOK, code, out)
 	assert.Regexp(t, `^1 version, \d+ B: 0 wrong\n$`, out)
 }
 
 // testLoad loads modules from the module cache of this very test, and expects a proxy
 // without an upstream to serve them to the go command.
-func testLoad(t *testing.T, binary, proxy string) {
+func testLoad(t *testing.T, proxy string) {
 	cache := commandOutput(t, "", "go", "env", "GOMODCACHE")
 	source, client := t.TempDir(), t.TempDir()
 	gomod := "module example.com/client\n"
@@ -189,7 +204,7 @@ func main() {
 	_, emulator, url := startProxy(t, proxy)
 	t.Setenv("STORAGE_EMULATOR_HOST", emulator)
 	for _, want := range []string{" stored", " already there"} {
-		code, out := output(t, binary, "load", "-bucket", fakegcs.Bucket, source)
+		code, out := output(t, "load", "-bucket", fakegcs.Bucket, source)
 		assert.Equal(t, statusOK, code, out)
 		assert.Contains(t, out, want)
 	}

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -74,13 +73,13 @@ func TestBomb(t *testing.T) {
 }
 
 // testSecondInterrupt interrupts the program twice while it hashes a zip.
-func testSecondInterrupt(t *testing.T, binary string) {
+func testSecondInterrupt(t *testing.T) {
 	b := newBucket(t)
 	b.listen(t)
 	r := newRelease("example.com/bomb", "v1.0.0")
 	r.zip = bomb(r.module, r.version, 7)
 	b.put(r, nil, "info", "mod", "zip")
-	cmd := exec.CommandContext(t.Context(), binary, "verify", "-bucket", fakegcs.Bucket)
+	cmd := process(t, "verify", "-bucket", fakegcs.Bucket)
 	require.NoError(t, cmd.Start())
 	require.Eventually(t, func() bool {
 		files, _ := filepath.Glob(filepath.Join(os.TempDir(), "athensgcs-*", "*.zip"))
