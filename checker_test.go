@@ -40,7 +40,9 @@ func markerCases(now time.Time) []markerCase {
 		{"almost stale", at(-threshold + time.Millisecond), ago, true, true},
 		{"just stale", at(-threshold), ago, true, false},
 		{"stale, updated now", at(-threshold), 0, true, false},
-		{"a little ahead", at(threshold - time.Millisecond), ago, true, true},
+		{"almost the threshold ahead", at(threshold - 1), ago, true, true},
+		{"the threshold ahead, updated now", at(threshold), 0, true, false}, // neither from the future nor fresh
+		{"just more ahead, updated now", at(threshold + 1), 0, true, true},  // by the clock of GCS
 		{"an hour ahead, updated now", at(time.Hour), 0, true, true},
 		{"an hour ahead, updated long ago", at(time.Hour), ago, true, false},
 		{"an hour ahead, as is the server", at(time.Hour), -ago, true, false},
@@ -125,33 +127,55 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// What Exists, List and Catalog say of each state, what it costs, and what it changes.
-func TestExistsStates(t *testing.T) {
-	for i := range stateCases() {
-		for _, op := range []string{"Exists", "List", "Catalog"} {
-			run(t, op+" "+stateCases()[i].name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				c := stateCases()[i]
+// requireTold checks what the calls tell of a version that is alone in the bucket.
+var requireTold = map[string]func(t *testing.T, s *Storage, exists bool){
+	"Exists": func(t *testing.T, s *Storage, exists bool) { requireExists(t, s, testVersion, exists) },
+	"List": func(t *testing.T, s *Storage, exists bool) {
+		requireList(t, s, testModule, map[bool][]string{true: {testVersion}}[exists]...)
+	},
+	"Catalog": func(t *testing.T, s *Storage, exists bool) {
+		require.Equal(t, map[bool][]ModuleVersion{true: {testVersionName}}[exists], catalogOf(t, s, 0))
+	},
+}
+
+// What calls tell of each state, what it costs, and what it changes.
+func TestCallsOnStates(t *testing.T) {
+	mod, claim := objectName(extMod), objectName(extClaim)
+	for _, op := range []string{"Exists", "List", "Catalog", "Repair"} {
+		for _, c := range stateCases {
+			run(t, op+" "+c.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 				c.put(f, testVersionName)
 				want := f.Objects()
-				switch complete := c.repaired == Complete; op {
-				case "Exists":
-					requireExists(t, s, testVersion, complete)
-				case "List":
-					requireList(t, s, testModule, map[bool][]string{true: {testVersion}}[complete]...)
-				case "Catalog":
-					require.Equal(t, complete, slices.Equal(catalogOf(t, s, 0), []ModuleVersion{testVersionName}))
+				call := func() {
+					if op == "Repair" {
+						returns(t, c.repaired)(s.Repair(t.Context(), testModule, testVersion))
+					} else {
+						requireTold[op](t, s, c.repaired == Complete)
+					}
 				}
+				call()
 				requests := []string{"list"}
-				if c.state == Unfinished {
-					mod := f.Get(objectName(extMod))
-					require.Empty(t, mod.Metadata)
-					require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
-					want[objectName(extMod)], requests = mod, []string{"list", "patch"}
-				} else if c.name == "copied" {
+				switch {
+				case c.state == Unfinished:
+					requests = []string{"list", "patch"}
+					require.Empty(t, f.Get(mod).Metadata)
+					require.Equal(t, want[mod].Generation, f.Get(mod).Generation)
+					want[mod] = f.Get(mod)
+				case c.name == "copied":
 					requests = []string{"list", "list"}
 				}
+				if op == "Repair" {
+					require.Len(t, f.Log(), c.requests)
+					deadClaim := time.Since(c.status(testVersionName).Claimed) >= DefaultStaleThreshold/claimFraction
+					maps.DeleteFunc(want, func(name string, _ *fakegcs.Object) bool {
+						return name == claim && deadClaim || name != claim && c.repaired == Absent
+					})
+				} else {
+					require.Equal(t, requests, logged(f))
+				}
 				require.Equal(t, want, f.Objects())
-				require.Equal(t, requests, logged(f))
+				call()
+				require.Equal(t, want, f.Objects())
 			})
 		}
 	}
@@ -281,21 +305,6 @@ func TestExistsRaces(t *testing.T) {
 	}
 }
 
-// The answer to the request that finishes a version may be lost.
-func TestExistsFaults(t *testing.T) {
-	for n, op := range []string{"list", "patch"} {
-		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
-			run(t, fmt.Sprint(op, " ", fault), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				unfinishedVersion(f, testVersionName)
-				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
-				requireExists(t, s, testVersion, true)
-				require.Equal(t, op, f.Log()[n].Op)
-				require.Empty(t, f.Get(objectName(extMod)).Metadata)
-			})
-		}
-	}
-}
-
 // takeOver replaces the .mod of a version that lacks its .zip, and stores a .zip.
 func takeOver(f *fakeGCS, vers string) {
 	f.put(ModuleVersion{testModule, vers}, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, extMod, extZip)
@@ -360,17 +369,6 @@ func FuzzState(f *testing.F) {
 			t.Errorf("%v, not one of %v", got, allowed)
 		}
 	})
-}
-
-// A marker is from the future if it is more than the threshold ahead, and fresh if
-// it is less than that away. At the threshold it is neither.
-func TestMarkerAtTheThreshold(t *testing.T) {
-	now := time.Now()
-	const threshold = time.Minute
-	for ahead, fresh := range map[time.Duration]bool{threshold - 1: true, threshold: false, threshold + 1: true} { // the last by the clock of GCS
-		require.Equal(t, fresh, marker{now.Add(ahead), now}.isFresh(now, threshold), ahead)
-	}
-	require.False(t, marker{now.Add(-threshold), now}.isFresh(now, threshold))
 }
 
 // A marker that was given up holds up nobody, whatever the threshold and the clock.

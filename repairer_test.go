@@ -2,45 +2,15 @@ package gcs
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 var testVersionName = ModuleVersion{testModule, testVersion}
-
-func TestRepairStates(t *testing.T) {
-	for i := range stateCases() {
-		run(t, stateCases()[i].name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-			c := stateCases()[i]
-			c.put(f, testVersionName)
-			want := f.Objects()
-			if at := c.status(testVersionName).Claimed; time.Since(at) >= DefaultStaleThreshold/claimFraction {
-				delete(want, objectName(extClaim))
-			}
-			returns(t, c.repaired)(s.Repair(t.Context(), testModule, testVersion))
-			require.Len(t, f.Log(), c.requests)
-			switch {
-			case c.repaired == Absent:
-				maps.DeleteFunc(want, func(name string, _ *fakegcs.Object) bool { return name != objectName(extClaim) })
-			case c.state == Unfinished:
-				mod := f.Get(objectName(extMod))
-				require.Empty(t, mod.Metadata)
-				require.Equal(t, want[objectName(extMod)].Generation, mod.Generation)
-				want[objectName(extMod)] = mod
-			}
-			require.Equal(t, want, f.Objects())
-			returns(t, c.repaired)(s.Repair(t.Context(), testModule, testVersion))
-			require.Equal(t, want, f.Objects())
-		})
-	}
-}
 
 // A listing can miss an object that was stored while it was made.
 func TestRepairNeedsTwoListings(t *testing.T) {
@@ -55,8 +25,7 @@ func TestRepairNeedsTwoListings(t *testing.T) {
 // Whatever Repair finds, and at whichever of its requests a save comes between, it
 // removes nothing of that save.
 func TestRepairBesideSave(t *testing.T) {
-	for i := range stateCases() {
-		c := stateCases()[i]
+	for _, c := range stateCases {
 		if c.state == InProgress {
 			continue
 		}
@@ -64,7 +33,7 @@ func TestRepairBesideSave(t *testing.T) {
 			// Repair goes on after the save, or in the middle of it.
 			for _, takes := range []time.Duration{0, 10 * time.Second} {
 				run(t, fmt.Sprintf("%s, request %d, takes %v", c.name, n, takes), inCrowd, func(t *testing.T, f *fakeGCS) {
-					stateCases()[i].put(f, testVersionName)
+					c.put(f, testVersionName)
 					before := f.Objects()
 					a := contentOf("a", 100)
 					var group sync.WaitGroup
@@ -93,15 +62,14 @@ func TestRepairBesideSave(t *testing.T) {
 
 // Nor does it, at whichever request of a save it comes between.
 func TestRepairDuringSave(t *testing.T) {
-	for i := range stateCases() {
-		c := stateCases()[i]
+	for _, c := range stateCases {
 		if c.repaired == Complete || c.state == InProgress {
 			continue
 		}
 		for n := range 7 {
 			for _, answered := range []bool{false, true} {
 				run(t, fmt.Sprintf("%s, request %d, answered %v", c.name, n, answered), inCrowd, func(t *testing.T, f *fakeGCS) {
-					stateCases()[i].put(f, testVersionName)
+					c.put(f, testVersionName)
 					a := contentOf("a", 100)
 					at := map[bool]func(matcher, func()){false: f.before, true: f.after}[answered]
 					at(nth("a", n), func() {
@@ -146,8 +114,7 @@ func TestRepairForbidden(t *testing.T) {
 	} {
 		for _, name := range names {
 			run(t, denied+" "+name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				cases := stateCases()
-				c := cases[slices.IndexFunc(cases, func(c stateCase) bool { return c.name == name })]
+				c := stateCases[slices.IndexFunc(stateCases, func(c stateCase) bool { return c.name == name })]
 				c.put(f, testVersionName)
 				before := f.Objects()
 				f.Deny(denied)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -32,9 +31,12 @@ type stateCase struct {
 	requests int // of Repair
 }
 
+// bubbleStart is when the time of every bubble starts.
+var bubbleStart = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+
 // stateCases covers the table of states in the package comment.
-func stateCases() []stateCase {
-	at := func(ago time.Duration, id string) map[string]string { return marked(time.Now().Add(-ago), id) }
+var stateCases = func() []stateCase {
+	at := func(ago time.Duration, id string) map[string]string { return marked(bubbleStart.Add(-ago), id) }
 	of := func(id string) map[string]string { return map[string]string{keySaveID: id} }
 	copied := map[string]string{keySaveID: "a", keyGeneration: "1"}
 	failed := marked(givenUp, "a")
@@ -68,7 +70,9 @@ func stateCases() []stateCase {
 		{"complete and claimed anew", files{extInfo: nil, extMod: nil, extZip: nil, extClaim: at(time.Second, "c")}, Complete, 0, Complete, 1},
 		{"copied", files{extInfo: copied, extMod: of("a"), extZip: copied}, Complete, 1, Complete, 2},
 	}
-}
+}()
+
+func (c stateCase) String() string { return c.name }
 
 // ages are how long ago a case's objects were created.
 var ages = map[string]time.Duration{extInfo: 2 * time.Hour, extMod: 3 * time.Hour, extZip: time.Hour, extClaim: 0}
@@ -124,38 +128,39 @@ func scanned(t *testing.T, s *Storage, module string) (all []VersionStatus) {
 // Scan tells of every state, in the order of the names, and changes nothing, also
 // if it may change nothing.
 func TestScanStates(t *testing.T) {
-	for name, module := range map[string]string{"of a module": testModule, "of the bucket": ""} {
-		t.Run(name, func(t *testing.T) { testScan(t, module, false) })
-		t.Run(name+" in pages of one object", func(t *testing.T) { testScan(t, module, true) })
+	for _, test := range []struct {
+		name, module string
+		short        bool
+	}{
+		{"of a module", testModule, false}, {"of the bucket", "", false},
+		{"of a module in pages of one object", testModule, true}, {"of the bucket in pages of one object", "", true},
+	} {
+		run(t, test.name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+			f.Deny("storage.objects.update", "storage.objects.delete", "storage.objects.create")
+			requests := 2
+			if test.short {
+				f.SetPages(1)
+				requests = 0
+			}
+			var want []VersionStatus
+			for i, c := range stateCases {
+				v := ModuleVersion{testModule, fmt.Sprintf("v1.%02d.0", i)}
+				c.put(f, v)
+				want = append(want, c.status(v))
+				if test.short {
+					requests += len(c.files) * (1 + c.looks)
+				}
+			}
+			before := f.Objects()
+			got := scanned(t, s, test.module)
+			require.Len(t, got, len(want))
+			for i, c := range stateCases {
+				require.Equal(t, want[i], got[i], c.name)
+			}
+			require.Len(t, f.Log(), requests)
+			require.Equal(t, before, f.Objects())
+		})
 	}
-}
-
-func testScan(t *testing.T, module string, short bool) {
-	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.Deny("storage.objects.update", "storage.objects.delete", "storage.objects.create")
-		if short {
-			f.SetPages(1)
-		}
-		var want []VersionStatus
-		requests := 0
-		for i, c := range stateCases() {
-			v := ModuleVersion{testModule, fmt.Sprintf("v1.%02d.0", i)}
-			c.put(f, v)
-			want = append(want, c.status(v))
-			requests += len(c.files) * (1 + c.looks)
-		}
-		if !short {
-			requests = 2
-		}
-		before := f.Objects()
-		got := scanned(t, s, module)
-		require.Len(t, got, len(want))
-		for i, c := range stateCases() {
-			require.Equal(t, want[i], got[i], c.name)
-		}
-		require.Len(t, f.Log(), requests)
-		require.Equal(t, before, f.Objects())
-	})
 }
 
 func TestScan(t *testing.T) {
@@ -248,37 +253,33 @@ func TestScanOfChanging(t *testing.T) {
 // An error is yielded once, with nothing, and ends the scan.
 func TestScanErrors(t *testing.T) {
 	for name, c := range map[string]struct {
-		fails  int // which request
-		module string
-		kind   int
-		before int // how many versions are told of
+		module   string
+		kind     int
+		requests int // of which the last fails
+		told     int // how many versions are told of before
 	}{
-		"a page":        {0, testModule, KindUnexpected, 0},
-		"a second look": {1, testModule, KindUnexpected, 0},
-		"a later page":  {2, testModule, KindUnexpected, 499},
-		"module":        {9, "a//b", KindBadRequest, 0},
+		"a page":        {testModule, KindUnexpected, 1, 0},
+		"a second look": {testModule, KindUnexpected, 2, 0},
+		"a later page":  {testModule, KindUnexpected, 3, 499},
+		"module":        {"a//b", KindBadRequest, 0, 0},
 	} {
 		run(t, name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 			for i := range 500 {
 				storeFiles(f, testModule, fmt.Sprintf("v1.%03d.0", i), extInfo, extMod)
 			}
-			f.before(nth("m", c.fails), func() { f.Deny("storage.objects.list") })
-			var told, failed int
+			f.before(nth("m", c.requests-1), func() { f.Deny("storage.objects.list") })
+			var yielded, failed int
 			for status, err := range s.Scan(t.Context(), c.module) {
-				if err == nil {
-					told++
-					continue
+				if yielded++; err != nil {
+					failed++
+					require.Zero(t, status)
+					requireError(t, err, c.kind, "gcs.Scan", c.module, "")
+					require.Equal(t, c.kind == KindUnexpected, strings.Contains(err.Error(), "needs storage.objects.list"))
 				}
-				failed++
-				require.Zero(t, status)
-				requireError(t, err, c.kind, "gcs.Scan", c.module, "")
-				require.Equal(t, c.kind == KindUnexpected, strings.Contains(err.Error(), "needs storage.objects.list"))
 			}
-			require.Equal(t, c.before, told)
 			require.Equal(t, 1, failed)
-			if c.kind == KindBadRequest {
-				require.Empty(t, f.Log())
-			}
+			require.Equal(t, c.told+1, yielded)
+			require.Len(t, f.Log(), c.requests)
 		})
 	}
 }
@@ -295,11 +296,18 @@ func FuzzScan(f *testing.F) {
 			want := map[ModuleVersion]State{}
 			var complete []ModuleVersion
 			for i, bits := range states[:min(len(states), len(versions))] {
-				if state := putBits(f, versions[i], bits); bits&15 != 0 {
-					want[versions[i]] = state
-					if state == Complete || state == Unfinished {
-						complete = append(complete, versions[i])
-					}
+				v, marker, names := versions[i], bits>>4&3, bits>>6
+				mark := []map[string]string{{keySaveID: "a"}, marked(time.Now(), "a"), marked(givenUp, "a"), cleared()}[marker]
+				others := []map[string]string{
+					{keySaveID: "a"}, {keySaveID: "a", keyGeneration: ownMod}, {keySaveID: "a", keyGeneration: "1"}, {keySaveID: "b"},
+				}[names]
+				f.put(v, mark, others, subsetOf(int(bits&15))...)
+				state := meaning(bits&7, marker == 1 || marker == 2, marker == 1, names < 2)
+				if bits&15 != 0 {
+					want[v] = state
+				}
+				if state.exists() {
+					complete = append(complete, v)
 				}
 			}
 			slices.SortFunc(complete, func(a, b ModuleVersion) int { return strings.Compare(a.object(extZip), b.object(extZip)) })
@@ -327,15 +335,6 @@ func FuzzScan(f *testing.F) {
 	})
 }
 
-// putBits makes the objects of a version that bits tell of, and returns its state.
-func putBits(f *fakeGCS, v ModuleVersion, bits byte) State {
-	marker, names := bits>>4&3, bits>>6
-	mark := []map[string]string{{keySaveID: "a"}, marked(time.Now(), "a"), marked(givenUp, "a"), cleared()}[marker]
-	others := []map[string]string{{keySaveID: "a"}, {keySaveID: "a", keyGeneration: ownMod}, {keySaveID: "a", keyGeneration: "1"}, {keySaveID: "b"}}[names]
-	f.put(v, mark, others, subsetOf(int(bits&15))...)
-	return meaning(bits&7, marker == 1 || marker == 2, marker == 1, names < 2)
-}
-
 // A status is readable as JSON.
 func TestVersionStatusJSON(t *testing.T) {
 	status := VersionStatus{ModuleVersion: ModuleVersion{"m", "v1.0.0"}, State: InProgress, Missing: []string{extZip}, Size: 7}
@@ -357,45 +356,36 @@ func TestSmearedListing(t *testing.T) {
 	takeOver := func(f *fakeGCS) {
 		f.put(testVersionName, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, allExts...)
 	}
+	none, one, gaveUp := []string{}, []string{testVersion}, marked(givenUp, "old")
 	scenes := map[string]struct {
+		mark   map[string]string
 		found  []string
 		during func(f *fakeGCS)
 		told   map[string][]any // what a call may answer
 	}{
-		"taken over": {[]string{extMod, extInfo}, takeOver, map[string][]any{
-			"Exists": {false}, "List": {0}, "Scan": {InProgress}, "Repair": {InProgress}, "Save": {KindGatewayTimeout},
+		"taken over": {gaveUp, []string{extMod, extInfo}, takeOver, map[string][]any{
+			"Exists": {false}, "List": {none}, "Scan": {InProgress}, "Repair": {InProgress}, "Save": {KindGatewayTimeout},
 		}},
-		"taken over and committed": {[]string{extMod, extInfo}, func(f *fakeGCS) {
+		"taken over and committed": {gaveUp, []string{extMod, extInfo}, func(f *fakeGCS) {
 			takeOver(f)
 			f.SetMetadata(objectName(extMod), nil)
 		}, map[string][]any{
-			"Exists": {false, true}, "List": {0, 1}, "Scan": {InProgress, Complete}, "Repair": {InProgress, Complete}, "Save": {KindAlreadyExists},
+			"Exists": {false, true}, "List": {none, one}, "Scan": {InProgress, Complete}, "Repair": {InProgress, Complete}, "Save": {KindAlreadyExists},
 		}},
-		"deleted": {[]string{extMod, extInfo, extZip}, func(f *fakeGCS) {
-			removeVersion(f, testVersionName)
-		}, map[string][]any{
-			"Exists": {false, true}, "List": {0, 1}, "Scan": {nil, Complete}, "Repair": {Absent, Complete},
+		"deleted": {nil, allExts, func(f *fakeGCS) { removeVersion(f, testVersionName) }, map[string][]any{
+			"Exists": {false, true}, "List": {none, one}, "Scan": {nil, Complete}, "Repair": {Absent, Complete},
 		}},
 	}
 	calls := map[string]func(ctx context.Context, s *Storage) (any, error){
 		"Exists": func(ctx context.Context, s *Storage) (any, error) { return s.Exists(ctx, testModule, testVersion) },
-		"List": func(ctx context.Context, s *Storage) (any, error) {
-			list, err := s.List(ctx, testModule)
-			return len(list), err
-		},
+		"List":   func(ctx context.Context, s *Storage) (any, error) { return s.List(ctx, testModule) },
+		"Repair": func(ctx context.Context, s *Storage) (any, error) { return s.Repair(ctx, testModule, testVersion) },
+		"Save":   func(ctx context.Context, s *Storage) (any, error) { return Kind(contentOf("a", 10).save(ctx, s)), nil },
 		"Scan": func(ctx context.Context, s *Storage) (state any, err error) {
 			for status, e := range s.Scan(ctx, testModule) {
 				state, err = status.State, e
 			}
 			return state, err
-		},
-		"Repair": func(ctx context.Context, s *Storage) (any, error) { return s.Repair(ctx, testModule, testVersion) },
-		"Save": func(ctx context.Context, s *Storage) (any, error) {
-			var e *Error
-			if err := contentOf("a", 10).save(ctx, s); !errors.As(err, &e) {
-				return nil, err
-			}
-			return e.Kind, nil
 		},
 	}
 	for scene, sc := range scenes {
@@ -406,11 +396,7 @@ func TestSmearedListing(t *testing.T) {
 					if picks >= 12 {
 						f.SetPages(2, 0)
 					}
-					mark := map[string]string{}
-					if len(sc.found) < 3 {
-						mark = marked(givenUp, "old")
-					}
-					leave(f, mark, sc.found...)
+					leave(f, sc.mark, sc.found...)
 					f.SmearListings(func(_ *fakegcs.Request, name string, states int) int { return min(pick[path.Ext(name)], states-1) })
 					var after map[string]*fakegcs.Object
 					f.atFirst(on("", "list", ""), func() {
