@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -42,8 +43,7 @@ func machineOverBoth(t *testing.T, test func(t *testing.T, f *fakeGCS, m *fakegc
 // A version that somebody else finishes, or deletes and saves again, at the very
 // moment is complete all the same.
 func TestRefusedOverBoth(t *testing.T) {
-	v := ModuleVersion{"m", "v1.0.0"}
-	mod := v.object(extMod)
+	mod := objectName(extMod)
 	for name, hooks := range map[string]func(f *fakeGCS){
 		"finished by another": func(f *fakeGCS) { f.before(on("", "patch", ""), func() { f.SetMetadata(mod, nil) }) },
 		"saved anew by another": func(f *fakeGCS) {
@@ -52,111 +52,102 @@ func TestRefusedOverBoth(t *testing.T) {
 		},
 	} {
 		run(t, name, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			unfinishedVersion(f, v)
+			unfinishedVersion(f, testVersionName)
 			hooks(f)
-			returns(t, true)(s.Exists(t.Context(), "m", "v1.0.0"))
+			requireExists(t, s, testVersion, true)
 		})
 	}
 	run(t, "deleted by another", overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "delete" {
-				f.Remove(r.Object)
-			}
-			return fakegcs.NoFault
-		})
-		require.NoError(t, s.Delete(t.Context(), "m", "v1.0.0"))
+		storeVersion(f, testModule, testVersion)
+		for _, ext := range allExts {
+			f.before(on("", "delete", ext), func() { f.Remove(objectName(ext)) })
+		}
+		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		require.Empty(t, f.Names())
 	})
 }
 
-// A refused permission is named, with the role that holds it.
+// The error of a call that the caller may not make says which call of what version it was,
+// and names the permission, with the role that holds it. So does Check. The permissions that
+// Athens' own documentation suggests do not suffice to commit.
 func TestForbiddenOverBoth(t *testing.T) {
+	whole, unfinished := testVersionName, ModuleVersion{testModule, "v2.0.0"}
 	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		unfinishedVersion(f, ModuleVersion{"m", "v2.0.0"})
-		for permission, call := range map[string]func() error{
-			"storage.objects.create": func() error { return saveVersion(t.Context(), s, "m", "v3.0.0") },
-			"storage.objects.delete": func() error { return s.Delete(t.Context(), "m", "v1.0.0") },
-			"storage.objects.get":    func() error { _, err := s.Info(t.Context(), "m", "v1.0.0"); return err },
-			"storage.objects.update": func() error { _, err := s.Repair(t.Context(), "m", "v2.0.0"); return err },
-			"storage.objects.list": func() error {
-				ok, err := s.Exists(t.Context(), "m", "v1.0.0")
-				require.False(t, ok)
-				versions, listErr := s.List(t.Context(), "m")
-				require.Nil(t, versions)
-				return errors.Join(err, listErr)
-			},
+		storeVersion(f, testModule, testVersion)
+		unfinishedVersion(f, unfinished)
+		for _, test := range []struct {
+			permission, op string
+			of             ModuleVersion
+		}{
+			{"storage.objects.create", "Save", ModuleVersion{testModule, "v3.0.0"}},
+			{"storage.objects.update", "Save", ModuleVersion{testModule, "v4.0.0"}},
+			{"storage.objects.list", "Save", unfinished},
+			{"storage.objects.delete", "Delete", whole},
+			{"storage.objects.get", "Info", whole},
+			{"storage.objects.get", "GoMod", whole},
+			{"storage.objects.get", "Zip", whole},
+			{"storage.objects.update", "Repair", unfinished},
+			{"storage.objects.list", "Exists", whole},
+			{"storage.objects.list", "List", ModuleVersion{testModule, ""}},
+			{"storage.objects.list", "Catalog", ModuleVersion{}},
 		} {
-			f.Deny(permission)
-			err := call()
-			require.True(t, Is(err, KindUnexpected), "%s: %v", permission, err)
-			require.ErrorContains(t, err, permission)
+			f.Deny(test.permission)
+			of := test.of
+			if of.Version == "" {
+				of = whole
+			}
+			err := callsOn(s, of)[test.op](t.Context())
+			requireError(t, err, KindUnexpected, "gcs."+test.op, test.of.Module, test.of.Version)
+			require.ErrorContains(t, err, test.permission)
 			require.ErrorContains(t, err, "roles/storage.objectUser")
 
 			err = s.Check(t.Context())
 			requireError(t, err, KindUnexpected, "gcs.Check", "", "")
-			require.ErrorContains(t, err, permission)
-			f.Allow(permission)
+			require.ErrorContains(t, err, test.permission)
+			f.Allow(test.permission)
 		}
 		require.NoError(t, s.Check(t.Context()))
 
 		f.Deny("storage.objects.update")
-		ok, err := s.Exists(t.Context(), "m", "v2.0.0")
-		require.NoError(t, err)
-		require.False(t, ok, "to a caller who may not finish it, it does not exist yet")
+		requireExists(t, s, "v2.0.0", false) // yet, to a caller who may not finish it
+		f.Deny("storage.objects.list")
+		versions, err := s.List(t.Context(), testModule)
+		require.Error(t, err)
+		require.Nil(t, versions)
 	})
 }
 
-// The error of a call that reads says which call of what version it was, and what
-// went wrong.
-func TestReadErrors(t *testing.T) {
-	for op, test := range map[string]struct {
-		on         ModuleVersion
-		permission string
-	}{
-		"Exists":  {ModuleVersion{"m", "v1.0.0"}, "storage.objects.list"},
-		"Info":    {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
-		"GoMod":   {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
-		"Zip":     {ModuleVersion{"m", "v1.0.0"}, "storage.objects.get"},
-		"List":    {ModuleVersion{"m", ""}, "storage.objects.list"},
-		"Catalog": {ModuleVersion{}, "storage.objects.list"},
-	} {
+// The end of a context is told from a failure of the server. A rate limit that outlasts the
+// retries is one; other answers that outlast them are unexpected. The error says which call
+// of what version it was.
+func TestErrorsOverBoth(t *testing.T) {
+	about := map[string]ModuleVersion{"List": {testModule, ""}, "Scan": {testModule, ""}, "Catalog": {}, "Scan all": {}, "Check": {}}
+	for op := range everyCall(nil) {
+		of, ok := about[op]
+		if !ok {
+			of = testVersionName
+		}
 		run(t, op, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			storeVersion(f, "m", "v1.0.0")
-			call := callsOn(s, ModuleVersion{"m", "v1.0.0"})[op]
-			fails := func(ctx context.Context, kind int) error {
-				err := call(ctx)
-				requireError(t, err, kind, "gcs."+op, test.on.Module, test.on.Version)
-				return err
-			}
-			require.ErrorIs(t, fails(contextEnds(t.Context(), 0)[0], KindUnexpected), context.Canceled)
-			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
+			storeVersion(f, testModule, testVersion)
+			fails := func(ctx context.Context, fault fakegcs.Fault, kind int, cause error) {
+				f.onRequest(nil)
 				f.fault(fault, on("", "", ""))
-				require.ErrorIs(t, fails(within(t, time.Minute), KindGatewayTimeout), context.DeadlineExceeded)
+				err := everyCall(s)[op](ctx)
+				requireError(t, err, kind, "gcs."+strings.TrimSuffix(op, " all"), of.Module, of.Version)
+				require.True(t, cause == nil || errors.Is(err, cause), "%v", err)
 			}
-			f.onRequest(nil)
-			f.Deny(test.permission)
-			err := fails(t.Context(), KindUnexpected)
-			require.ErrorContains(t, err, test.permission)
-			require.ErrorContains(t, err, "roles/storage.objectUser")
+			ended := contextEnds(t.Context(), 0)[0]
+			fails(ended, fakegcs.NoFault, ended.kind, ended.cause)
+			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
+				for i := range 2 {
+					ctx := contextEnds(t.Context(), time.Minute)[i]
+					fails(ctx, fault, ctx.kind, ctx.cause)
+				}
+			}
+			fails(t.Context(), fakegcs.TooMany, KindRateLimit, nil)
+			fails(t.Context(), fakegcs.Unavailable, KindUnexpected, nil)
+			synctest.Wait()
 			requireNothingInFlight(t, f)
-		})
-	}
-}
-
-// A rate limit that outlasts the retries is one; other answers that outlast them
-// are unexpected.
-func TestAnswersOverBoth(t *testing.T) {
-	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected} {
-		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			storeVersion(f, "m", "v1.0.0")
-			f.fault(fault, on("", "", ""))
-			for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
-				err := call(t.Context())
-				require.Error(t, err, op)
-				require.Equal(t, kind, Kind(err), "%s: %v", op, err)
-			}
 		})
 	}
 }
@@ -172,27 +163,11 @@ func TestPassingFaultsOverBoth(t *testing.T) {
 				f.onRequest(nil)
 				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
 				vers := fmt.Sprintf("v1.%d.0", n)
-				require.NoError(t, saveVersion(t.Context(), s, "m", vers), "request %d: %v", n, f.Log())
-				returns(t, true)(s.Exists(t.Context(), "m", vers))
+				require.NoError(t, saveVersion(t.Context(), s, testModule, vers), "request %d: %v", n, f.Log())
+				requireExists(t, s, vers, true)
 			}
 		})
 	}
-}
-
-// The end of a context is told from a failure of the server.
-func TestContextEndsOverBoth(t *testing.T) {
-	overBoth(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		storeVersion(f, "m", "v1.0.0")
-		f.fault(fakegcs.Hung, on("", "", ""))
-		for op, call := range callsOn(s, ModuleVersion{"m", "v1.0.0"}) {
-			for i := range 2 {
-				ctx := contextEnds(t.Context(), time.Minute)[i]
-				err := call(ctx)
-				require.Equal(t, ctx.kind, Kind(err), "%s: %v", op, err)
-				require.ErrorIs(t, err, ctx.cause, op)
-			}
-		}
-	})
 }
 
 // Nothing is stored of a zip that cannot be read to its end, and no empty object

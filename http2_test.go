@@ -1,13 +1,10 @@
 package gcs
 
 import (
-	"bytes"
-	"context"
 	"io"
 	"log"
 	"net/http"
 	"net/http/httptest"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -20,21 +17,14 @@ import (
 // applied, the request is made again, and the outcome is the same. So it is for each
 // request of each call.
 func TestHTTP2Reset(t *testing.T) {
-	callsOf := func(s *Storage) map[string]func(context.Context) error {
-		calls, c := everyCall(s), contentOf("a", 600<<10)
-		calls["Save of a large zip"] = func(ctx context.Context) error { return c.saveFrom(ctx, s, plain(bytes.NewReader(c.zip))) }
-		return calls
-	}
-	for name := range callsOf(nil) {
+	for name := range outageCalls(nil) {
 		t.Run(name, func(t *testing.T) {
 			for at, hit := int64(1), true; hit; at++ {
 				f := newFakeGCS(t)
-				if !strings.HasPrefix(name, "Save") {
-					storeVersion(f, testModule, testVersion)
-				}
+				prepareOutage(f, name)
 				var requests atomic.Int64
-				s := overHTTP2(t, f, func() bool { return requests.Add(1) == at }, WithChunkSize(256<<10))
-				require.NoError(t, callsOf(s)[name](t.Context()), "request %d", at)
+				s := overHTTP2(t, f, func() bool { return requests.Add(1) == at })
+				require.NoError(t, outageCalls(s)[name](t.Context()), "request %d", at)
 				hit = requests.Load() >= at
 				if name == "Save" {
 					requireStored(t, f, contentOf("a", 100))
@@ -46,7 +36,7 @@ func TestHTTP2Reset(t *testing.T) {
 
 // overHTTP2 returns a Storage that reaches the bucket over HTTP/2. The server resets
 // the stream of a request, once it has applied it, if resets says so.
-func overHTTP2(t *testing.T, f *fakeGCS, resets func() bool, opts ...Option) *Storage {
+func overHTTP2(t *testing.T, f *fakeGCS, resets func() bool) *Storage {
 	bucket := f.Handler()
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor != 2 {
@@ -64,7 +54,7 @@ func overHTTP2(t *testing.T, f *fakeGCS, resets func() bool, opts ...Option) *St
 	t.Cleanup(server.Close)
 	m := f.Register("a")
 	m.Connect(m.Over(server.Client().Transport), option.WithEndpoint(server.URL+"/storage/v1/"))
-	s := NewStorage(m.Bucket, opts...)
+	s := NewStorage(m.Bucket, WithChunkSize(faultChunk))
 	s.bucket.rand = func(time.Duration) time.Duration { return 0 } // no pause before a request is made again
 	return s
 }

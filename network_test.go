@@ -185,9 +185,9 @@ func prepareOutage(f *fakeGCS, name string) {
 	switch name {
 	case "Save", "Save in chunks", "Stash new":
 	case "Save over leftovers":
-		leave(f, marked(givenUp, "old"), extMod, extZip)
+		f.put(testVersionName, marked(givenUp, "old"), map[string]string{keySaveID: "old"}, extMod, extZip)
 	case "Repair":
-		leaveUnfinished(f)
+		unfinishedVersion(f, testVersionName)
 	default:
 		storeVersion(f, testModule, testVersion)
 	}

@@ -454,22 +454,6 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 	}
 }
 
-// The permissions that Athens' own documentation suggests do not suffice to
-// commit, and the error says which one does.
-func TestSavePermissions(t *testing.T) {
-	needed := []string{"storage.objects.create", "storage.objects.update", "storage.objects.list"}
-	forEach(t, inBubble, needed, func(t *testing.T, f *fakeGCS, permission string) {
-		if permission == "storage.objects.list" {
-			storeFiles(f, testModule, testVersion, extMod)
-		}
-		f.Deny(permission)
-		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
-		requireKind(t, err, KindUnexpected)
-		require.ErrorContains(t, err, permission)
-		require.ErrorContains(t, err, "roles/storage.objectUser")
-	})
-}
-
 // What GCS refuses again and again ends a save that has no deadline, and the kind
 // says why.
 func TestSaveRetriesEnd(t *testing.T) {

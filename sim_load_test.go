@@ -2,13 +2,13 @@ package gcs
 
 import (
 	"bytes"
-	"context"
 	"crypto/md5"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -38,39 +38,35 @@ func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[strin
 	for i := range l.versions * l.wanted {
 		wants[i%l.callers] = append(wants[i%l.callers], i)
 	}
-	var group sync.WaitGroup
-	for caller, want := range wants {
+	together(l.callers, func(caller int) {
+		s, want := stores[caller%len(stores)], wants[caller]
 		rng := rand.New(rand.NewPCG(1, uint64(caller)))
 		rng.Shuffle(len(want), func(i, j int) { want[i], want[j] = want[j], want[i] })
-		s := stores[caller%len(stores)]
-		group.Go(func() {
-			for _, i := range want {
-				vers := fmt.Sprintf("v1.%d.0", i%l.versions)
-				c := contentOf(fmt.Sprintf("%s by %d", vers, i), 100+i)
-				zip := plain(bytes.NewReader(c.zip))
-				if i%l.broken == 0 {
-					zip = iotest.ErrReader(errLoad)
-				}
-				sum := md5.Sum(c.zip)
-				err := s.Save(t.Context(), testModule, vers, c.mod, zip, sum[:], c.info)
-				if err == nil || Is(err, KindAlreadyExists) {
-					requireExists(t, s, vers, true)
-				}
-				mu.Lock()
-				switch {
-				case err == nil:
-					winners[vers]++
-					contents[vers] = c
-				case i%l.broken == 0 && errors.Is(err, errLoad):
-					failed[vers]++
-				case !Is(err, KindAlreadyExists):
-					t.Errorf("%s: %v", vers, err)
-				}
-				mu.Unlock()
+		for _, i := range want {
+			vers := fmt.Sprintf("v1.%d.0", i%l.versions)
+			c := contentOf(fmt.Sprintf("%s by %d", vers, i), 100+i)
+			zip := plain(bytes.NewReader(c.zip))
+			if i%l.broken == 0 {
+				zip = iotest.ErrReader(errLoad)
 			}
-		})
-	}
-	group.Wait()
+			sum := md5.Sum(c.zip)
+			err := s.Save(t.Context(), testModule, vers, c.mod, zip, sum[:], c.info)
+			if err == nil || Is(err, KindAlreadyExists) {
+				requireExists(t, s, vers, true)
+			}
+			mu.Lock()
+			switch {
+			case err == nil:
+				winners[vers]++
+				contents[vers] = c
+			case i%l.broken == 0 && errors.Is(err, errLoad):
+				failed[vers]++
+			case !Is(err, KindAlreadyExists):
+				t.Errorf("%s: %v", vers, err)
+			}
+			mu.Unlock()
+		}
+	})
 	require.Len(t, winners, l.versions)
 	for vers, n := range winners {
 		require.Equal(t, 1, n, vers)
@@ -116,15 +112,19 @@ func TestLoad(t *testing.T) {
 // The same over sockets, of which none stays open.
 func TestLoadOverSockets(t *testing.T) {
 	f := newFakeGCS(t)
-	endpoint := f.listen(t)
 	l := load{machines: 4, callers: 24, versions: 20, wanted: 4, broken: 1000}
 	var open atomic.Int64
+	server := httptest.NewUnstartedServer(f.Handler())
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		open.Add(map[http.ConnState]int64{http.StateNew: 1, http.StateClosed: -1}[state])
+	}
+	server.Start()
+	t.Cleanup(server.Close)
 	var stores []*Storage
 	var wires []*http.Transport
 	for i := range l.machines {
-		wire := &http.Transport{DialContext: counting(&open)}
-		wires = append(wires, wire)
-		stores = append(stores, NewStorage(f.over(t, endpoint, fmt.Sprint(i), wire).Bucket))
+		wires = append(wires, new(http.Transport))
+		stores = append(stores, NewStorage(f.over(t, server.URL, fmt.Sprint(i), wires[i]).Bucket))
 	}
 	requireUploads(t, f, l.run(t, f, stores))
 	// What is still open is idle, or it would not be closed.
@@ -136,26 +136,4 @@ func TestLoadOverSockets(t *testing.T) {
 		requests, bodies := f.InFlight()
 		return open.Load()+int64(requests+bodies) == 0
 	}, 10*time.Second, time.Millisecond)
-}
-
-// counting makes connections, and counts those that are open.
-func counting(open *atomic.Int64) func(ctx context.Context, network, addr string) (net.Conn, error) {
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
-		if err != nil {
-			return nil, err
-		}
-		open.Add(1)
-		return countedConn{conn, sync.OnceFunc(func() { open.Add(-1) })}, nil
-	}
-}
-
-type countedConn struct {
-	net.Conn
-	closed func()
-}
-
-func (c countedConn) Close() error {
-	c.closed()
-	return c.Conn.Close()
 }
