@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -20,24 +21,29 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// An athens is a copy of the stand-ins for Athens' packages, with a go command that
-// tidies nothing: for that it would download what the dependencies are tested with. It
-// builds with cgo, as the other tests are built, so that little is compiled again.
+// An athens is a copy of the stand-ins for Athens' packages.
 type athens struct {
-	t   *testing.T
-	dir string
-	env []string
+	t      *testing.T
+	dir    string
+	copied string // where the installer works
+	env    []string
+
+	goCommand string
 }
 
 func newAthens(t *testing.T) athens {
+	t.Helper()
 	if runtime.GOOS == "windows" {
 		t.Skip("the installer is a shell script")
 	}
-	t.Helper()
+	if testing.Short() {
+		t.Skip("it builds and runs programs, into which the race detector does not see")
+	}
 	work, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
-	a := athens{t, filepath.Join(work, "some where", "athens"), append(os.Environ(), "GOWORK=off", "GOFLAGS=", "GOPROXY=off",
-		"GIT_DIR=none", "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))}
+	a := athens{t: t, dir: filepath.Join(work, "some where", "athens"), copied: filepath.Join(work, "a copy", "athens")}
+	a.env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "GOPROXY=off", "GIT_DIR=none",
+		"PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))
 	require.NoError(t, os.CopyFS(a.dir, os.DirFS("testdata/athens")))
 	require.NoError(t, os.CopyFS(filepath.Join(work, "autoexport"), os.DirFS("testdata/autoexport")))
 	a.write("../../autoexport/go.mod", "module go.opentelemetry.io/contrib/exporters/autoexport\n")
@@ -52,11 +58,18 @@ require go.opentelemetry.io/contrib/exporters/autoexport v0.0.0
 
 replace go.opentelemetry.io/contrib/exporters/autoexport => `+strconv.Quote(filepath.Join(work, "autoexport"))+"\n")
 	a.write("go.sum", text(t, "../../go.sum"))
-	goCommand, err := exec.LookPath("go")
+	a.goCommand, err = exec.LookPath("go")
 	require.NoError(t, err)
-	a.write("../../bin/go", "#!/bin/sh\n[ \"$*\" = 'mod tidy' ] && exec touch '"+filepath.Join(work, "tidied")+"'\nunset CGO_ENABLED\nexec '"+goCommand+"' \"$@\"\n")
+	// It tidies nothing: for that it would download what the dependencies are tested
+	// with. It builds with cgo, as the other tests are built, so that they share what is
+	// compiled.
+	a.program("go", "[ \"$*\" = 'mod tidy' ] && exec touch '"+filepath.Join(work, "tidied")+"'\nunset CGO_ENABLED\nexec '"+a.goCommand+"' \"$@\"")
+	a.program("mktemp", "mkdir '"+filepath.Dir(a.copied)+"' && echo '"+filepath.Dir(a.copied)+"'")
 	return a
 }
+
+// program makes the installer find a shell script.
+func (a athens) program(name, script string) { a.write("../../bin/"+name, "#!/bin/sh\n"+script+"\n") }
 
 func (a athens) write(name, content string) {
 	a.t.Helper()
@@ -113,28 +126,10 @@ func TestInstall(t *testing.T) {
 	require.NoError(t, err)
 	require.Regexp(t, `^version unset built \d{4}(-\d\d){2}-\d\d:\d\d:\d\d-UTC\n$`, version)
 
-	bucket := fakegcs.New()
-	defer bucket.Close()
-	server := httptest.NewServer(bucket.Handler())
-	defer server.Close()
-	outside := a.env
-	a.env = append(outside, "STORAGE_EMULATOR_HOST="+server.URL, "TEST_BUCKET="+fakegcs.Bucket)
-	out, err = a.run("go", "test", "-v", "-timeout=1m", "./...")
-	require.NoError(t, err, "%s", out)
-	require.NotContains(t, out, "SKIP")
-	require.Contains(t, out, "--- PASS: TestBackend")
-	require.Contains(t, out, "--- PASS: TestSingleFlight")
-	if testing.Verbose() {
-		t.Log(out)
-	}
-	a.env = append(outside, "STORAGE_EMULATOR_HOST=", "ATHENS_STORAGE_GCP_BUCKET=")
-	out, err = a.run("go", "test", "-v", "./pkg/storage/gcp")
-	require.NoError(t, err, "%s", out)
-	require.NotContains(t, out, "PASS:")
-	require.Contains(t, out, "neither ATHENS_STORAGE_GCP_BUCKET names a bucket")
+	a.runTests()
 
-	// A second time nothing changes but the program.
-	a.env = outside
+	// A second time nothing changes but the program. There is nothing new to compile.
+	a.program("go", `case $1 in build) exec touch "$3" ;; mod) [ "$2" = tidy ] || exec '`+a.goCommand+`' "$@" ;; esac`)
 	require.NoError(t, os.RemoveAll(filepath.Dir(program)))
 	delete(installed, "bin/athens-proxy")
 	out, err = a.install("../elsewhere/proxy")
@@ -143,6 +138,53 @@ func TestInstall(t *testing.T) {
 	require.FileExists(t, program)
 	require.Equal(t, installed, a.files())
 	require.NotRegexp(t, "wrote|removed", out)
+}
+
+// runTests runs the tests that are installed, and those of testdata, on the emulator.
+// The checkout is where the installer had its copy while they are built: what was
+// compiled there is not compiled again.
+func (a athens) runTests() {
+	t := a.t
+	t.Helper()
+	tests := filepath.Join(t.TempDir(), "gcp.test")
+	checkout := a.dir
+	require.NoError(t, os.Mkdir(filepath.Dir(a.copied), 0o755))
+	require.NoError(t, os.Rename(checkout, a.copied))
+	a.dir = a.copied
+	const added = "pkg/storage/gcp/athens_test.go"
+	a.write(added, text(t, "testdata/athens_test.go"))
+	out, err := a.run("go", "test", "-c", "-ldflags=-s -w", "-o", tests, "./pkg/storage/gcp")
+	require.NoError(t, err, "%s", out)
+	require.NoError(t, os.Remove(filepath.Join(a.dir, added)))
+	require.NoError(t, os.Rename(a.copied, checkout))
+	require.NoError(t, os.Remove(filepath.Dir(a.copied)))
+	a.dir = checkout
+
+	bucket := fakegcs.New()
+	defer bucket.Close()
+	server := httptest.NewServer(bucket.Handler())
+	defer server.Close()
+	outside := a.env
+	a.env = append(outside, "STORAGE_EMULATOR_HOST="+server.URL, "TEST_BUCKET="+fakegcs.Bucket)
+	out, err = a.run(tests, "-test.v", "-test.timeout=1m")
+	require.NoError(t, err, "%s", out)
+	require.NotContains(t, out, "SKIP")
+	require.Contains(t, out, "--- PASS: TestBackend")
+	require.Contains(t, out, "--- PASS: TestSingleFlight")
+	require.Contains(t, out, "--- PASS: TestSharedFlight")
+	if testing.Verbose() {
+		t.Log(out)
+	}
+	var installed []string
+	for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)`).FindAllStringSubmatch(text(t, "gcp_test.go.txt"), -1) {
+		installed = append(installed, m[1])
+	}
+	a.env = append(outside, "STORAGE_EMULATOR_HOST=", "ATHENS_STORAGE_GCP_BUCKET=")
+	out, err = a.run(tests, "-test.v", "-test.run", "^("+strings.Join(installed, "|")+")$")
+	require.NoError(t, err, "%s", out)
+	require.NotContains(t, out, "PASS:")
+	require.Equal(t, len(installed), strings.Count(out, "--- SKIP: "))
+	require.Contains(t, out, "neither ATHENS_STORAGE_GCP_BUCKET names a bucket")
 }
 
 // What is no Athens, or not one that the files fit, stays as it is.

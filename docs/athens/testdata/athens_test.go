@@ -1,5 +1,6 @@
-// Package athens tests the files of the guide as Athens would use them.
-package athens
+// Tests of the files of the guide as Athens would use them. They are run in the folder
+// of the storage, beside the tests that are installed there, in one program.
+package gcp_test
 
 import (
 	"bytes"
@@ -41,7 +42,7 @@ import (
 	"github.com/gomods/athens/pkg/storage/gcp"
 )
 
-const mod, ver = "example.com/Mod", "v1.0.0"
+const upper = "example.com/Mod"
 
 var bucket = os.Getenv("TEST_BUCKET")
 
@@ -69,7 +70,7 @@ func put(t *testing.T, name, data string) {
 	require.NoError(t, w.Close())
 }
 
-func save(t *testing.T, s storage.Saver, mod, ver string) {
+func saveIn(t *testing.T, s storage.Saver, mod, ver string) {
 	t.Helper()
 	require.NoError(t, s.Save(t.Context(), mod, ver, []byte("mod"), strings.NewReader("zip"), nil, []byte("info")))
 }
@@ -92,8 +93,8 @@ func TestCatalog(t *testing.T) {
 	s := open(t, "")
 	want := []paths.AllPathParams{}
 	for _, ver := range []string{"v1.0.0", "v1.1.0", "v1.2.0"} {
-		save(t, s, mod, ver)
-		want = append(want, paths.AllPathParams{Module: mod, Version: ver})
+		saveIn(t, s, upper, ver)
+		want = append(want, paths.AllPathParams{Module: upper, Version: ver})
 	}
 	var c storage.Cataloger = s
 	first, token, err := c.Catalog(t.Context(), "", 2)
@@ -106,23 +107,23 @@ func TestCatalog(t *testing.T) {
 
 // Below a prefix there is a bucket of its own, and the prefix is in the objects' names.
 func TestPrefix(t *testing.T) {
-	save(t, open(t, "TestPrefix/a/"), mod, ver)
-	ok, err := open(t, "TestPrefix/b/").Exists(t.Context(), mod, ver)
+	saveIn(t, open(t, "TestPrefix/a/"), upper, ver)
+	ok, err := open(t, "TestPrefix/b/").Exists(t.Context(), upper, ver)
 	require.NoError(t, err)
 	require.False(t, ok)
 	for _, ext := range []string{"mod", "zip", "info"} {
-		put(t, "c/"+mod+"/@v/"+ver+"."+ext, ext)
+		put(t, "c/"+upper+"/@v/"+ver+"."+ext, ext)
 	}
-	ok, err = open(t, "TestPrefix/c/").Exists(t.Context(), mod, ver)
+	ok, err = open(t, "TestPrefix/c/").Exists(t.Context(), upper, ver)
 	require.NoError(t, err)
 	require.True(t, ok)
 }
 
 func TestErrors(t *testing.T) {
 	s := open(t, "")
-	save(t, s, mod, ver)
-	_, missing := s.Info(t.Context(), mod, "v1.1.0")
-	again := s.Save(t.Context(), mod, ver, nil, strings.NewReader(""), nil, nil)
+	saveIn(t, s, upper, ver)
+	_, missing := s.Info(t.Context(), upper, "v1.1.0")
+	again := s.Save(t.Context(), upper, ver, nil, strings.NewReader(""), nil, nil)
 	_, _, token := s.Catalog(t.Context(), "nowhere", 1)
 	for _, test := range []struct {
 		err      error
@@ -130,10 +131,10 @@ func TestErrors(t *testing.T) {
 		op       athenserrors.Op
 		mod, ver string
 	}{
-		{missing, athenserrors.KindNotFound, "gcs.Info", mod, "v1.1.0"},
-		{again, athenserrors.KindAlreadyExists, "gcs.Save", mod, ver},
+		{missing, athenserrors.KindNotFound, "gcs.Info", upper, "v1.1.0"},
+		{again, athenserrors.KindAlreadyExists, "gcs.Save", upper, ver},
 		{token, athenserrors.KindBadRequest, "gcs.Catalog", "", ""},
-		{s.Save(t.Context(), mod, ver, nil, nil, nil, nil), athenserrors.KindBadRequest, "gcs.Save", mod, ver},
+		{s.Save(t.Context(), upper, ver, nil, nil, nil, nil), athenserrors.KindBadRequest, "gcs.Save", upper, ver},
 	} {
 		require.IsType(t, athenserrors.Error{}, test.err)
 		e := test.err.(athenserrors.Error)
@@ -183,8 +184,8 @@ func capture(t *testing.T) func() []map[string]any {
 
 // heal makes the library log an info line.
 func heal(t *testing.T, ctx context.Context, ver string) {
-	put(t, mod+"/@v/"+ver+".mod", "half a save")
-	require.NoError(t, open(t, "").Save(ctx, mod, ver, []byte("mod"), strings.NewReader("zip"), nil, []byte("info")))
+	put(t, upper+"/@v/"+ver+".mod", "half a save")
+	require.NoError(t, open(t, "").Save(ctx, upper, ver, []byte("mod"), strings.NewReader("zip"), nil, []byte("info")))
 }
 
 // The library's lines are in Athens' format, at its level, with the request's id.
@@ -196,7 +197,7 @@ func TestLogs(t *testing.T) {
 	line := lines()[0]
 	require.Equal(t, "INFO", line["level"])
 	require.Equal(t, "healed a version", line["msg"])
-	require.Equal(t, mod, line["module"])
+	require.Equal(t, upper, line["module"])
 	require.Equal(t, "v1.0.0", line["version"])
 	require.Equal(t, "one", line["request-id"])
 
@@ -228,7 +229,7 @@ func TestLogsAsText(t *testing.T) {
 	data, err := os.ReadFile(f.Name())
 	require.NoError(t, err)
 	require.Contains(t, string(data), "level=INFO")
-	require.Contains(t, string(data), "module="+mod)
+	require.Contains(t, string(data), "module="+upper)
 }
 
 // Athens' timeout bounds the check of the bucket.
@@ -288,14 +289,14 @@ func TestNotFoundIsInfo(t *testing.T) {
 	var logs bytes.Buffer
 	s := open(t, "")
 	gone := &fetcher{err: athenserrors.E("vcs.Fetch", "unknown revision", athenserrors.KindNotFound)}
-	status, _ := replica(t, gone, &logs, gcsLock(t, s), s).Get(t.Context(), mod, ver, "info")
+	status, _ := replica(t, gone, &logs, gcsLock(t, s), s).Get(t.Context(), upper, ver, "info")
 	require.Equal(t, 404, status)
 	require.Equal(t, 1, strings.Count(logs.String(), "\n"))
 	require.Contains(t, logs.String(), `"level":"INFO"`)
 
 	logs.Reset()
 	broken := &fetcher{err: athenserrors.E("vcs.Fetch", "no route to host", athenserrors.KindUnexpected)}
-	status, _ = replica(t, broken, &logs, gcsLock(t, s), s).Get(t.Context(), mod, ver, "info")
+	status, _ = replica(t, broken, &logs, gcsLock(t, s), s).Get(t.Context(), upper, ver, "info")
 	require.Equal(t, 500, status)
 	require.Contains(t, logs.String(), `"level":"ERROR"`)
 }
@@ -304,8 +305,8 @@ func TestNotFoundIsInfo(t *testing.T) {
 func TestFailureIsLogged(t *testing.T) {
 	var logs bytes.Buffer
 	s := open(t, "")
-	f := &fetcher{before: func() { save(t, s, mod, ver) }} // another replica is faster
-	status, _ := replica(t, f, &logs, memory, s).Get(t.Context(), mod, ver, "info")
+	f := &fetcher{before: func() { saveIn(t, s, upper, ver) }} // another replica is faster
+	status, _ := replica(t, f, &logs, memory, s).Get(t.Context(), upper, ver, "info")
 	require.Equal(t, 409, status)
 	var line struct {
 		Level, Msg, Module, Version string
@@ -313,10 +314,10 @@ func TestFailureIsLogged(t *testing.T) {
 	}
 	require.NoError(t, json.Unmarshal(logs.Bytes(), &line))
 	require.Equal(t, "ERROR", line.Level)
-	require.Equal(t, mod, line.Module)
+	require.Equal(t, upper, line.Module)
 	require.Equal(t, ver, line.Version)
 	require.Contains(t, line.Ops, "gcs.Save")
-	require.Equal(t, 1, strings.Count(line.Msg, mod), line.Msg)
+	require.Equal(t, 1, strings.Count(line.Msg, upper), line.Msg)
 	require.Equal(t, 1, strings.Count(line.Msg, ver), line.Msg)
 }
 
@@ -327,7 +328,7 @@ func TestSpans(t *testing.T) {
 	t.Cleanup(func() { otel.SetTracerProvider(before) })
 	s := open(t, "")
 	ctx, span := observ.StartSpan(t.Context(), "protocol.Info")
-	status, _ := replica(t, &fetcher{}, io.Discard, gcsLock(t, s), s).Get(ctx, mod, ver, "info")
+	status, _ := replica(t, &fetcher{}, io.Discard, gcsLock(t, s), s).Get(ctx, upper, ver, "info")
 	require.Equal(t, 200, status)
 	span.End()
 
@@ -347,19 +348,19 @@ func TestSpans(t *testing.T) {
 	child("gcs.Save", "stasher.Stash")
 }
 
-func TestSingleFlight(t *testing.T) {
+func TestSharedFlight(t *testing.T) {
 	a, b := open(t, ""), open(t, "")
 	f := &fetcher{}
 	one, two := replica(t, f, io.Discard, gcsLock(t, a), a), replica(t, f, io.Discard, gcsLock(t, b), b)
 	for _, r := range []*download.Opts{one, two} {
-		saved, err := r.Stasher.Stash(t.Context(), mod, ver)
+		saved, err := r.Stasher.Stash(t.Context(), upper, ver)
 		require.NoError(t, err)
 		require.Equal(t, ver, saved)
 	}
 	require.EqualValues(t, 1, f.n.Load())
 
 	// KindAlreadyExists is success, with the version that was saved.
-	branch := &fetcher{before: func() { save(t, a, "example.com/branch", "v1.0.0") }}
+	branch := &fetcher{before: func() { saveIn(t, a, "example.com/branch", "v1.0.0") }}
 	raced := stash.New(branch, noChecker{a}, time.Minute, gcsLock(t, a))
 	saved, err := raced.Stash(t.Context(), "example.com/branch", "main")
 	require.NoError(t, err)
