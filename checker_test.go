@@ -26,11 +26,11 @@ type markerCase struct {
 	fresh    bool
 }
 
-func markerCases(now time.Time) []markerCase {
+// markerCases are what they may say, for a marker that goes stale after that threshold.
+func markerCases(now time.Time, threshold time.Duration) []markerCase {
 	at := func(d time.Duration) map[string]string { return marked(now.Add(d), "") }
 	value := func(s string) map[string]string { return map[string]string{keyInProgress: s} }
 	old := map[string]string{keyInProgressOld: "true"}
-	const threshold = DefaultStaleThreshold
 	return []markerCase{
 		{"none", nil, 0, false, false},
 		{"none old", nil, ago, false, false},
@@ -114,7 +114,7 @@ func snapshotOf(subset byte, updated time.Time, infoID, modID, zipID string) (se
 func TestStates(t *testing.T) {
 	now := time.Now()
 	for _, ids := range saveIDCases {
-		for _, m := range markerCases(now) {
+		for _, m := range markerCases(now, DefaultStaleThreshold) {
 			for subset := range byte(8) {
 				seen := snapshotOf(subset, now.Add(m.updated), ids.info, ids.mod, ids.zip)
 				if delete(m.metadata, keySaveID); seen.mod != nil {
@@ -312,7 +312,7 @@ func takeOver(f *fakeGCS, vers string) {
 
 func FuzzMarker(f *testing.F) {
 	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
-	for _, m := range markerCases(now) {
+	for _, m := range markerCases(now, DefaultStaleThreshold) {
 		if value, ok := m.metadata[keyInProgress]; ok {
 			f.Add(value, int64(m.updated), int64(DefaultStaleThreshold))
 		}
@@ -349,7 +349,7 @@ func FuzzMarker(f *testing.F) {
 func FuzzState(f *testing.F) {
 	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
 	for subset := range 8 {
-		for _, m := range markerCases(now) {
+		for _, m := range markerCases(now, DefaultStaleThreshold) {
 			value, marked := m.metadata[keyInProgress]
 			f.Add(uint8(subset), marked, value, int64(m.updated), "a", "a", "a")
 		}

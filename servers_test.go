@@ -78,8 +78,8 @@ func with[M ~map[K]V, K comparable, V any](m M, key K, value V) M {
 const short = 400 * time.Millisecond
 
 var columns = []column{
-	{"fakegcs", inMemory(func(m *fakegcs.Machine) { m.Connect(m) }), true, DefaultStaleThreshold, map[ability]string{}},
-	{"fakegcs over gRPC", inMemory(func(m *fakegcs.Machine) { m.ConnectGRPC() }), true, DefaultStaleThreshold, map[ability]string{}},
+	{"fakegcs", inMemory(func(m *fakegcs.Machine) { m.Connect(m) }), true, short, map[ability]string{}},
+	{"fakegcs over gRPC", inMemory(func(m *fakegcs.Machine) { m.ConnectGRPC() }), true, short, map[ability]string{}},
 	{"fakegcs, listening", listening, false, short, map[ability]string{}},
 	{"fake-gcs-server", stockInProcess, false, short, stockLacks},
 	{"fake-gcs-server, listening", stockListening, false, short, stockLacks},
