@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -22,12 +21,7 @@ import (
 // The commit waits for the renewal that is on its way, and does not run into it.
 func TestCommitAwaitsRenewal(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "patch" && r.Metadata[keyInProgress] != "" {
-				time.Sleep(3 * time.Second)
-			}
-			return fakegcs.NoFault
-		})
+		f.before(renews, func() { time.Sleep(3 * time.Second) })
 		a := contentOf("a", 100)
 		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), DefaultStaleThreshold/renewals+time.Second))
 		requireStored(t, f, a)
@@ -43,50 +37,48 @@ func TestCommitAwaitsRenewal(t *testing.T) {
 	})
 }
 
-// A sleeper wakes when another has taken the version over, has stored its zip,
-// and has not committed. It leaves that zip alone.
-func TestSleeperWakesDuringTakeover(t *testing.T) {
+// A sleeper wakes in the middle of its zip, long after another has taken the version over
+// and stored it, or when the other has stored its zip, and has not committed. It leaves that
+// zip alone.
+func TestSleeperWakes(t *testing.T) {
 	type testCase struct {
+		op   string // at which it falls asleep
 		size int
-		zip  func(*bytes.Reader) io.Reader
+		zip  func(io.Reader) io.Reader
 	}
-	forNamed(t, inCrowd, map[string]testCase{
-		"in memory":  {100, func(r *bytes.Reader) io.Reader { return plain(r) }},
-		"seekable":   {faultChunk + 1, func(r *bytes.Reader) io.Reader { return r }},
-		"unseekable": {faultChunk + 1, func(r *bytes.Reader) io.Reader { return plain(r) }},
-	}, func(t *testing.T, f *fakeGCS, c testCase) {
+	seekable := func(r io.Reader) io.Reader { return r }
+	cases := map[string]testCase{
+		"in memory":  {"insert", 100, plain},
+		"seekable":   {"start", 700 << 10, seekable},
+		"unseekable": {"start", 700 << 10, plain},
+		"in a chunk": {"chunk", 700 << 10, plain},
+	}
+	play := func(t *testing.T, f *fakeGCS, c testCase, during bool) {
 		a, b := contentOf("a", c.size), contentOf("b", 100)
-		sleeper := f.Machine("a")
-		var sleep, wake sync.Once
-		stored := make(chan struct{})
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Machine == "a" && r.Object == objectName(extZip):
-				sleep.Do(sleeper.Pause)
-			case r.Machine == "a" && r.Op == "patch":
-				time.Sleep(2 * requestTimeout) // or it would know sooner
-			case r.Machine == "b" && r.Object == objectName(extInfo):
-				<-stored
-				time.Sleep(5 * time.Second)
-			}
-			return fakegcs.NoFault
-		})
-		f.onAnswer(func(r *fakegcs.Request) {
-			if r.Machine == "b" && r.Object == objectName(extZip) && r.Applied {
-				wake.Do(func() { close(stored) })
-				sleeper.Resume()
-			}
-		})
-		var group sync.WaitGroup
-		group.Go(func() {
+		sleeper, stored := f.Machine("a"), make(chan struct{})
+		f.atFirst(on("a", c.op, extZip), sleeper.Pause)
+		if during {
+			f.before(on("a", "patch", ""), func() { time.Sleep(2 * requestTimeout) }) // or it would know sooner
+			f.before(on("b", "", extInfo), func() { <-stored; time.Sleep(5 * time.Second) })
+			f.after(first(1, applied(on("b", "", extZip))), func() { close(stored); sleeper.Resume() })
+		} else {
+			time.AfterFunc(retryLimit-time.Minute, sleeper.Resume)
+		}
+		wait := alongside(func() {
 			s := NewStorage(sleeper.Bucket, WithChunkSize(faultChunk))
 			requireKind(t, a.saveFrom(t.Context(), s, c.zip(bytes.NewReader(a.zip))), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)
 		require.NoError(t, b.save(t.Context(), f.storage("b")))
 		requireStored(t, f, b)
-		group.Wait()
+		wait()
 		requireStored(t, f, b)
+	}
+	t.Run("after a takeover", func(t *testing.T) {
+		forNamed(t, inBubble, cases, func(t *testing.T, f *fakeGCS, c testCase) { play(t, f, c, false) })
+	})
+	t.Run("during a takeover", func(t *testing.T) {
+		forNamed(t, inCrowd, cases, func(t *testing.T, f *fakeGCS, c testCase) { play(t, f, c, true) })
 	})
 }
 
@@ -95,23 +87,15 @@ func TestSleeperWakesDuringTakeover(t *testing.T) {
 func TestTakeoverOfCommitted(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
-		var once sync.Once
 		takeover := make(chan struct{})
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			switch {
-			case r.Machine == "a" && r.Object == objectName(extInfo):
-				<-takeover
-			case r.Machine == "b" && r.Object == objectName(extMod) && r.Cond["ifGenerationMatch"] != "0":
-				once.Do(func() { close(takeover) })
-				time.Sleep(time.Second)
-			}
-			return fakegcs.NoFault
-		})
-		var group sync.WaitGroup
-		group.Go(func() { require.NoError(t, a.save(t.Context(), f.storage("a"))) })
+		f.before(on("a", "", extInfo), func() { <-takeover })
+		takesOver := func(r *fakegcs.Request) bool { return on("b", "", extMod)(r) && r.Cond["ifGenerationMatch"] != "0" }
+		f.before(takesOver, func() { time.Sleep(time.Second) })
+		f.atFirst(takesOver, func() { close(takeover) })
+		wait := alongside(func() { require.NoError(t, a.save(t.Context(), f.storage("a"))) })
 		time.Sleep(time.Second)
 		requireKind(t, b.save(t.Context(), ahead(f, "b")), KindAlreadyExists)
-		group.Wait()
+		wait()
 		requireStored(t, f, a)
 	})
 }
@@ -120,7 +104,7 @@ func TestTakeoverOfCommitted(t *testing.T) {
 // that nothing is stored. It completes nothing.
 func TestLateObjectOfFailedSave(t *testing.T) {
 	forEach(t, inBubble, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
-		f.fault(fakegcs.Stray, func(r *fakegcs.Request) bool { return r.Object == objectName(ext) })
+		f.fault(fakegcs.Stray, on("", "", ext))
 		requireKind(t, contentOf("a", 100).save(within(t, 2*time.Second), f.storage("a")), KindGatewayTimeout)
 		f.onRequest(nil)
 		f.Land()
@@ -144,16 +128,8 @@ func requireSavable(t *testing.T, f *fakeGCS) {
 func TestLateCreateAfterDelete(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 100)
-		var once sync.Once
-		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
-			switch {
-			case r.Op == "insert" && r.Object == objectName(extMod):
-				once.Do(func() { fault = fakegcs.Stray })
-			case r.Op == "delete":
-				fault = fakegcs.CrashAfter
-			}
-			return fault
-		})
+		f.fault(fakegcs.Stray, first(1, on("", "insert", extMod)))
+		f.fault(fakegcs.CrashAfter, on("", "delete", ""))
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
 		require.Error(t, f.storage("d").Delete(within(t, time.Minute), testModule, testVersion))
@@ -172,16 +148,10 @@ func TestListingBesideLostCreate(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fakeGCS) {
 		old, a := contentOf("old", 100), contentOf("a", 100)
 		f.putAs(old, testVersionName, time.Now().Add(ago), nil, nil, allExts...)
-		var once sync.Once
-		f.onRequest(func(r *fakegcs.Request) (fault fakegcs.Fault) {
-			if r.Machine == "a" && r.Op == "insert" && r.Object == objectName(extMod) {
-				once.Do(func() {
-					time.Sleep(time.Second) // the listing is answered
-					require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
-					fault = fakegcs.LostReset
-				})
-			}
-			return fault
+		f.fault(fakegcs.LostReset, first(1, on("a", "insert", extMod)))
+		f.atFirst(on("a", "insert", extMod), func() {
+			time.Sleep(time.Second) // the listing is answered
+			require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
 		})
 		require.NoError(t, a.save(t.Context(), f.storage("a")))
 		requireStored(t, f, a)
@@ -233,26 +203,13 @@ func TestFencedAtCommit(t *testing.T) {
 	})
 }
 
-// unseekable fails to seek back.
-type unseekable struct {
-	io.ReadSeeker
-	err error
-}
-
-func (u unseekable) Seek(offset int64, whence int) (int64, error) {
-	if whence == io.SeekStart {
-		return 0, u.err
-	}
-	return u.ReadSeeker.Seek(offset, whence)
-}
-
 // A large zip that is refused, and cannot be read again, tells why.
 func TestCannotSeek(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extZip), nil, nil)
 		cause := errors.New("stale file handle")
 		a := contentOf("a", 2<<20)
-		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), unseekable{bytes.NewReader(a.zip), cause})
+		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), &rewound{bytes.NewReader(a.zip), func() error { return cause }})
 		requireKind(t, err, KindUnexpected)
 		require.ErrorIs(t, err, errCannotReread)
 		require.ErrorIs(t, err, cause)
@@ -264,13 +221,11 @@ func TestTakeoverLosesManyRaces(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		f.Put(objectName(extMod), nil, marked(givenUp, "other"))
 		races := 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Cond["ifGenerationMatch"] != "0" && races < 2*maxRefused {
-				races++
-				f.Put(objectName(extMod), nil, marked(time.Now(), "another"))
-				time.AfterFunc(10*time.Second, func() { f.Put(objectName(extMod), nil, marked(givenUp, "another")) })
-			}
-			return fakegcs.NoFault
+		takesOver := func(r *fakegcs.Request) bool { return r.Op == "insert" && r.Cond["ifGenerationMatch"] != "0" }
+		f.before(first(2*maxRefused, takesOver), func() {
+			races++
+			f.Put(objectName(extMod), nil, marked(time.Now(), "another"))
+			time.AfterFunc(10*time.Second, func() { f.Put(objectName(extMod), nil, marked(givenUp, "another")) })
 		})
 		a := contentOf("a", 100)
 		require.NoError(t, a.save(t.Context(), f.storage("a")))

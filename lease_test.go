@@ -327,7 +327,6 @@ func TestRenewals(t *testing.T) {
 	// A renewal that failed may have been applied, and just now. The commit keeps its
 	// distance.
 	run(t, "and the commit after", inBubble, func(t *testing.T, f *fakeGCS) {
-		renews := func(r *fakegcs.Request) bool { return r.Op == "patch" && r.Metadata[keyInProgress] != "" }
 		f.fault(fakegcs.HungApplied, renews)
 		f.before(renews, func() { time.Sleep(requestTimeout - 200*time.Millisecond) })
 		f.fault(fakegcs.Hung, first(1, renews))
@@ -337,6 +336,9 @@ func TestRenewals(t *testing.T) {
 		requireStored(t, f, a)
 	})
 }
+
+// renews reports whether a request renews a marker.
+func renews(r *fakegcs.Request) bool { return r.Op == "patch" && r.Metadata[keyInProgress] != "" }
 
 // inSharedRate is inFleet for a bucket in which creates, updates and deletes of an
 // object share a rate of one a second.

@@ -394,30 +394,6 @@ func TestSaveContextEnds(t *testing.T) {
 	}
 }
 
-// A sleeper wakes in the middle of its zip, long after another has taken the
-// version over and stored it.
-func TestSaveSleeperWakes(t *testing.T) {
-	for op, size := range map[string]int{"insert": 100, "start": 700 << 10, "chunk": 700 << 10} {
-		run(t, op, inBubble, func(t *testing.T, f *fakeGCS) {
-			a, b := contentOf("a", size), contentOf("b", 100)
-			sleeper := f.Machine("a")
-			f.atFirst(on("a", op, extZip), func() {
-				sleeper.Pause()
-				time.AfterFunc(retryLimit-time.Minute, sleeper.Resume)
-			})
-			wait := alongside(func() {
-				s := NewStorage(sleeper.Bucket, WithChunkSize(256<<10))
-				requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindAlreadyExists)
-			})
-			time.Sleep(time.Second)
-			require.NoError(t, b.save(t.Context(), f.storage("b")))
-			requireStored(t, f, b)
-			wait()
-			requireStored(t, f, b)
-		})
-	}
-}
-
 // A dead save's objects land when the new holder has already looked for
 // leftovers, and then it finds them in its way.
 func TestSaveLateObject(t *testing.T) {

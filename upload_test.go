@@ -84,7 +84,8 @@ func TestSaveOfReader(t *testing.T) {
 	run(t, "slow in its second pass", inCrowd, func(t *testing.T, f *fakeGCS) {
 		a := contentOf("a", 3*faultChunk-1)
 		f.fault(fakegcs.Hung, first(1, on("", "start", "")))
-		zip := &pausing{Reader: bytes.NewReader(a.zip)}
+		slow := &slowZip{bytes.NewReader(a.zip), 0}
+		zip := &rewound{slow, func() error { slow.takes = 2 * time.Minute; return nil }}
 		require.NoError(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(faultChunk)), zip))
 		require.Equal(t, 2, f.count(on("", "start", "")))
 		requireStored(t, f, a)
@@ -127,17 +128,19 @@ func TestSaveOfPanickingReader(t *testing.T) {
 	}
 }
 
-// reseeking reads other bytes of the same length after each Seek to the start.
-type reseeking struct {
-	*bytes.Reader
-	other []byte
+// A rewound zip calls again before it is read again.
+type rewound struct {
+	io.ReadSeeker
+	again func() error
 }
 
-func (r *reseeking) Seek(offset int64, whence int) (int64, error) {
+func (z *rewound) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekStart {
-		r.Reader = bytes.NewReader(r.other)
+		if err := z.again(); err != nil {
+			return 0, err
+		}
 	}
-	return r.Reader.Seek(offset, whence)
+	return z.ReadSeeker.Seek(offset, whence)
 }
 
 // The first pass over a zip arrives while the second is under way. It is whole, so
@@ -155,38 +158,47 @@ func TestOwnZipIsNotReplaced(t *testing.T) {
 				requireExists(t, ahead(f, "e"), testVersion, true)
 			}
 		}
-		starts, chunks := 0, 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Machine != "a" || r.Object != objectName(extZip) {
-				return fakegcs.NoFault
-			}
-			switch r.Op {
-			case "start":
-				starts, chunks = starts+1, 0
-				if c.refused && starts == 2 {
-					arrive()
-					return fakegcs.PreconditionFailed
-				}
-			case "chunk", "query":
-				switch chunks++; {
-				case starts == 1 && chunks == 3:
-					return fakegcs.Stray
-				case starts == 2 && chunks == 2:
-					arrive()
-					return fakegcs.Hung
-				case chunks > 2:
-					return fakegcs.Hung
-				}
+		passes := onPasses(f, func(pass, chunk int) fakegcs.Fault {
+			switch at := [2]int{pass, chunk}; {
+			case at == [2]int{1, 3}:
+				return fakegcs.Stray
+			case at == [2]int{2, 0} && c.refused:
+				arrive()
+				return fakegcs.PreconditionFailed
+			case at == [2]int{2, 2}:
+				arrive()
+				return fakegcs.Hung
+			case chunk > 2:
+				return fakegcs.Hung
 			}
 			return fakegcs.NoFault
 		})
+		zip := &rewound{ReadSeeker: bytes.NewReader(a.zip)}
+		zip.again = func() error { zip.ReadSeeker = bytes.NewReader(other.zip); return nil }
 		s := f.storage("a", WithChunkSize(faultChunk))
-		zip := &reseeking{bytes.NewReader(a.zip), other.zip}
 		require.NoError(t, s.Save(t.Context(), testModule, testVersion, a.mod, zip, nil, a.info))
-		require.Equal(t, 2, starts)
+		require.Equal(t, 2, *passes)
 		requireStored(t, f, a)
 		require.Equal(t, generation, f.Get(objectName(extZip)).Generation)
 	})
+}
+
+// onPasses gives a fault to each request of machine a that sends a zip in chunks, by how
+// many passes over the zip have begun, and how many requests this one has made, 0 at its start.
+func onPasses(f *fakeGCS, fault func(pass, chunk int) fakegcs.Fault) (passes *int) {
+	pass, chunk := 0, 0
+	f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		switch {
+		case r.Machine == "a" && r.Op == "start":
+			pass, chunk = pass+1, 0
+		case r.Machine == "a" && (r.Op == "chunk" || r.Op == "query"):
+			chunk++
+		default:
+			return fakegcs.NoFault
+		}
+		return fault(pass, chunk)
+	})
+	return &pass
 }
 
 // An object of this save that is not whole is left as it is, whatever the reason,
@@ -206,23 +218,6 @@ func TestOwnObjectCutShort(t *testing.T) {
 		require.Equal(t, "half", string(f.Get(objectName(ext)).Data))
 		requireSavableAtOnce(t, f)
 	})
-}
-
-// pausing takes two minutes for the first byte after each Seek.
-type pausing struct {
-	*bytes.Reader
-	pause time.Duration
-}
-
-func (p *pausing) Seek(offset int64, whence int) (int64, error) {
-	p.pause = 2 * time.Minute
-	return p.Reader.Seek(offset, whence)
-}
-
-func (p *pausing) Read(b []byte) (int, error) {
-	time.Sleep(p.pause)
-	p.pause = 0
-	return p.Reader.Read(b)
 }
 
 // The session of an upload in chunks can be lost. The upload is made again.
@@ -263,26 +258,21 @@ func TestUpload(t *testing.T) {
 
 	// The second pass over a zip is whole by its own size, also when the first broke off.
 	run(t, "is whole by its second pass", inCrowd, func(t *testing.T, f *fakeGCS) {
-		starts, chunks := 0, 0
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+		passes := onPasses(f, func(pass, chunk int) fakegcs.Fault {
 			switch {
-			case r.Op == "start":
-				if starts, chunks = starts+1, 0; starts == 3 {
-					f.Land()
-					return fakegcs.PreconditionFailed
-				}
-			case r.Op == "chunk" || r.Op == "query":
-				if chunks++; starts == 2 && chunks == 3 {
-					return fakegcs.Stray
-				} else if chunks > 1 && starts == 1 || chunks > 3 {
-					return fakegcs.Hung
-				}
+			case pass == 3 && chunk == 0:
+				f.Land()
+				return fakegcs.PreconditionFailed
+			case pass == 2 && chunk == 3:
+				return fakegcs.Stray
+			case pass == 1 && chunk > 1, chunk > 3:
+				return fakegcs.Hung
 			}
 			return fakegcs.NoFault
 		})
 		a := contentOf("a", 3*faultChunk-1)
 		require.NoError(t, a.save(t.Context(), f.storage("a", WithChunkSize(faultChunk))))
-		require.Equal(t, 3, starts)
+		require.Equal(t, 3, *passes)
 		requireStored(t, f, a)
 	})
 }
