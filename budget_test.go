@@ -110,6 +110,25 @@ func TestBudgetListing(t *testing.T) {
 	}
 }
 
+// A version that two pages share makes no range larger than one request can list: here
+// two of three objects, a page, and a version at its end.
+func TestBudgetSplitVersion(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		shapes := map[int][]string{0: allExts[:1], 334*2 - 2: {extMod, extZip}}
+		for i := range 334 * 2 {
+			exts := shapes[i]
+			if exts == nil {
+				exts = allExts
+			}
+			f.put(ModuleVersion{testModule, fmt.Sprintf("v1.%03d.0", i)}, nil, map[string]string{keyGeneration: "1"}, exts...)
+		}
+		require.Len(t, f.Names(), 2*maxPage+3)
+		for range s.Scan(t.Context(), testModule) {
+		}
+		require.Len(t, f.Log(), 6)
+	})
+}
+
 // A page of a catalog is one request, and one for each unfinished version.
 func TestBudgetCatalogPage(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {

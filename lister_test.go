@@ -89,7 +89,7 @@ func TestListRequests(t *testing.T) {
 func TestListAcrossPages(t *testing.T) {
 	for _, call := range []string{"List", "Catalog"} {
 		run(t, call, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-			for i := range 998 {
+			for i := range maxPage - 2 {
 				storeFiles(f, testModule, fmt.Sprintf("a%03d", i), extInfo)
 			}
 			// The first page ends with the .mod. The version is partial
@@ -98,7 +98,7 @@ func TestListAcrossPages(t *testing.T) {
 			storeFiles(f, testModule, "z", extInfo)
 			f.atFirst(nth("m", 1), func() {
 				time.Sleep(time.Millisecond) // GCS tells times to the millisecond
-				f.put(testVersionName, marked(time.Now(), "b"), map[string]string{keySaveID: "b"}, extMod, extZip)
+				f.put(testVersionName, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, extMod, extZip)
 			})
 			requireTold[call](t, s, false)
 			require.NotNil(t, f.Get(objectName(extZip)))

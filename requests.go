@@ -10,9 +10,13 @@ import (
 	"google.golang.org/api/iterator"
 )
 
-// maxPage is how many objects a page of a listing has at most: 333 versions. GCS
-// would send 1,000. https://cloud.google.com/storage/docs/json_api/v1/objects/list
-const maxPage = 999
+const (
+	// maxPage is how many objects a page of a listing has at most: 333 versions.
+	maxPage = 999
+	// maxLook is how many objects GCS sends at most.
+	// https://cloud.google.com/storage/docs/json_api/v1/objects/list
+	maxLook = 1000
+)
 
 // attrs returns the attributes of an object, or nil if there is none.
 func (b *bucket) attrs(ctx context.Context, v ModuleVersion, ext string) (attrs *storage.ObjectAttrs, err error) {
@@ -81,7 +85,7 @@ func (b *bucket) lookBetween(ctx context.Context, prefix string, first, last Mod
 	q := &storage.Query{Prefix: prefix, StartOffset: b.name(first, extInfo), EndOffset: b.name(last, extZip) + "!"}
 	seen := map[ModuleVersion]snapshot{}
 	for token, more := "", true; more; {
-		page, next, err := b.page(ctx, q, token, maxPage+1) // with an object of the page before
+		page, next, err := b.page(ctx, q, token, maxLook)
 		if err != nil {
 			return nil, err
 		}

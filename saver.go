@@ -111,13 +111,9 @@ func (g *saving) run(ctx context.Context) (outcome string, err error) {
 
 // write makes the steps of the save. If one of them fails, or panics, it gives the
 // version up.
-func (g *saving) write(ctx context.Context) (err error) {
-	err = errPanicked
-	defer func() { err = g.release(ctx, err) }()
-	return g.steps(ctx)
-}
-
-func (g *saving) steps(ctx context.Context) error {
+func (g *saving) write(ctx context.Context) (result error) {
+	result = errPanicked
+	defer func() { result = g.release(ctx, result) }()
 	if err := g.acquire(ctx); err != nil {
 		return err
 	}
@@ -134,20 +130,16 @@ func (g *saving) steps(ctx context.Context) error {
 }
 
 // acquire makes the live .mod this save's own, unless another save is at work, for
-// which it waits. It returns errExists when the version is complete.
+// which it waits. It fails as look does when the version is complete.
 func (g *saving) acquire(ctx context.Context) error {
 	if err := g.lease.acquire(ctx, nil); !isPreconditionFailed(err) && !isForbidden(err) {
 		return err // nil for most versions, which are new
 	}
 	for refused := 0; ; {
-		seen, state, finished, err := g.s.settle(ctx, g.v, nil)
+		seen, state, err := g.look(ctx)
 		switch {
 		case err != nil:
 			return err
-		case finished:
-			return errFinished
-		case state == Complete:
-			return errExists
 		case g.lease.adopt(seen.mod): // a request whose answer was lost wrote it
 			return nil
 		case state == InProgress:
@@ -162,6 +154,20 @@ func (g *saving) acquire(ctx context.Context) error {
 			refused++
 		}
 	}
+}
+
+// look lists the version. It returns errExists if it is complete, and errFinished if it
+// is since this save did the last step.
+func (g *saving) look(ctx context.Context) (seen snapshot, state State, err error) {
+	seen, state, finished, err := g.s.settle(ctx, g.v, nil)
+	switch {
+	case err != nil:
+	case finished:
+		err = errFinished
+	case state == Complete:
+		err = errExists
+	}
+	return seen, state, err
 }
 
 // takeOver writes the .mod anew, over what two listings in a row have shown: one can
@@ -205,7 +211,7 @@ func (g *saving) store(ctx context.Context) (err error) {
 // think the other dead would do so for ever.
 func (g *saving) awaitSuccessor(ctx context.Context) error {
 	for last, changed := (*storage.ObjectAttrs)(nil), time.Now(); ; {
-		seen, state, finished, err := g.s.settle(ctx, g.v, nil)
+		seen, state, err := g.look(ctx)
 		if !sameObject(last, seen.mod) {
 			last, changed = seen.mod, time.Now()
 		}
@@ -213,10 +219,6 @@ func (g *saving) awaitSuccessor(ctx context.Context) error {
 		switch {
 		case err != nil:
 			return err
-		case finished:
-			return errFinished
-		case state == Complete:
-			return errExists
 		case seen.mod == nil || marked && m.isGivenUp() || time.Since(changed) >= g.s.staleThreshold():
 			return fmt.Errorf("%w; it is %v now", errFenced, state)
 		}

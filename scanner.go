@@ -116,10 +116,12 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int, inDo
 		for token, more := "", true; more; size = maxPage {
 			page, next, err := s.bucket.page(ctx, q, token, size)
 			token, more = next, next != ""
+			// One request lists again what the last page has left open, and this much of the page.
+			fits := min(len(page), maxLook-countObjects(open))
 			if s.bucket.group(page, open); !more {
 				last = afterAll
-			} else if len(page) > 0 {
-				last = page[len(page)-1].Name
+			} else if fits > 0 {
+				last = page[fits-1].Name
 			}
 			listed := s.take(open, last)
 			if err == nil {
@@ -136,6 +138,17 @@ func (s *Storage) scan(ctx context.Context, prefix, after string, size int, inDo
 			}
 		}
 	}
+}
+
+func countObjects(versions map[ModuleVersion]snapshot) (n int) {
+	for _, seen := range versions {
+		for _, ext := range []string{extInfo, extClaim, extMod, extZip} {
+			if *seen.slot(ext) != nil {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // afterAll comes after the name of every object, which is UTF-8.
