@@ -12,58 +12,48 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// Whatever there is of a version is removed, its .mod before the rest.
+// Whatever there is of a version is removed, its .mod before the rest. The claim of a fetch is
+// no part of the version. A fresh one is its holder's, and a stale one is left to the next
+// flight, and to Repair.
 func TestDeleteSubsets(t *testing.T) {
-	for subset := range 8 {
-		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(time.Now(), "a")} {
-			run(t, fmt.Sprintf("%03b, %v", subset, mark), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
+	for subset := range 16 {
+		for _, mark := range []map[string]string{nil, marked(time.Unix(0, 0), "a"), marked(bubbleStart, "a")} {
+			exts, hasMod, hasClaim := subsetOf(subset&7), subset&2 != 0, subset&8 != 0
+			if mark != nil && !hasMod && !hasClaim {
+				continue
+			}
+			run(t, fmt.Sprintf("%04b, %v", subset, mark), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 				storeVersion(f, testModule, "v1.0.0-rc.1", "v1.0.0.1", "v1.0", "v1.0.0.info")
 				storeVersion(f, testModule+"/v2", testVersion)
 				storeVersion(f, testModule+"-other", testVersion)
-				kept := f.Names()
-				storeFiles(f, testModule, testVersion, subsetOf(subset)...)
-				objects := len(subsetOf(subset))
-				if mark != nil && subset&2 != 0 {
-					f.SetMetadata(objectName(extMod), mark)
+				if hasClaim {
+					f.Put(objectName(extClaim), nil, mark)
 				}
+				kept := f.Names()
+				f.put(testVersionName, mark, nil, exts...)
 				f.SetLatency(100 * time.Millisecond)
 				err := s.Delete(t.Context(), testModule, testVersion)
-				if objects == 0 {
+				if len(exts) == 0 {
 					requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
 				} else {
 					require.NoError(t, err)
 				}
 				require.Equal(t, kept, f.Names())
 
-				log := f.Log()
-				requests := 1 + objects
-				if objects > 0 && subset&2 == 0 {
+				log, requests := f.Log(), 1+len(exts)
+				if len(exts) > 0 && !hasMod {
 					requests++ // to be sure that there is no .mod
 				}
 				require.Len(t, log, requests)
 				require.LessOrEqual(t, fakegcs.SerialTrips(log), 3)
 				deletes := slices.DeleteFunc(log, func(r fakegcs.Request) bool { return r.Op != "delete" })
-				if subset&2 != 0 {
+				if hasMod {
 					require.Equal(t, objectName(extMod), deletes[0].Object)
 					for _, r := range deletes[1:] {
 						require.False(t, r.Start.Before(deletes[0].End), "%v before the end of %v", r, deletes[0])
 					}
 				}
 				requireError(t, s.Delete(t.Context(), testModule, testVersion), KindNotFound, "gcs.Delete", testModule, testVersion)
-			})
-		}
-	}
-}
-
-// Every request of a delete can fail once, applied or not.
-func TestDeleteFaults(t *testing.T) {
-	for n := range 4 {
-		for fault := fakegcs.ConnectionRefused; fault <= fakegcs.HungApplied; fault++ {
-			run(t, fmt.Sprintf("request %d %v", n, fault), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				storeVersion(f, testModule, testVersion)
-				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == n })
-				require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-				require.Empty(t, f.Names())
 			})
 		}
 	}
@@ -169,7 +159,7 @@ func TestDeleteDuringSave(t *testing.T) {
 					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 				}
 				for op, read := range readers {
-					returns(t, string(contentOf(testVersion, 100).file(extOf[op])))(read(t.Context(), s, testModule, testVersion))
+					returns(t, asStored(op, testVersion))(read(t.Context(), s, testModule, testVersion))
 				}
 			})
 		}
@@ -213,26 +203,6 @@ func TestDeleteRaces(t *testing.T) {
 		wait()
 		require.Empty(t, f.Names())
 	})
-}
-
-// The claim of a fetch is no part of the version. A fresh one is its holder's, and
-// a stale one is left to the next flight, and to Repair.
-func TestDeleteBesideClaim(t *testing.T) {
-	for _, files := range [][]string{nil, {extZip}, {extInfo, extMod, extZip}} {
-		for _, age := range []time.Duration{ago, 0} {
-			run(t, fmt.Sprint(files, age), withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				f.Put(objectName(extClaim), nil, marked(time.Now().Add(age), "a"))
-				storeFiles(f, testModule, testVersion, files...)
-				err := s.Delete(t.Context(), testModule, testVersion)
-				if files == nil {
-					requireError(t, err, KindNotFound, "gcs.Delete", testModule, testVersion)
-				} else {
-					require.NoError(t, err)
-				}
-				require.Equal(t, []string{objectName(extClaim)}, f.Names())
-			})
-		}
-	}
 }
 
 func TestDeleteFails(t *testing.T) {

@@ -45,23 +45,20 @@ func TestErrorString(t *testing.T) {
 
 func TestKind(t *testing.T) {
 	notFound := &Error{Op: "gcs.Info", Kind: KindNotFound, Err: storage.ErrObjectNotExist}
-	for _, tc := range []struct {
-		name string
-		err  error
-		kind int
-	}{
-		{"nil", nil, 0}, {"another's", io.EOF, KindUnexpected}, {"ours", notFound, KindNotFound},
-		{"wrapped", fmt.Errorf("stash: %w", notFound), KindNotFound},
-		{"the outer of two", &Error{Kind: KindRateLimit, Err: notFound}, KindRateLimit},
-		{"joined", errors.Join(io.EOF, notFound), KindNotFound}, {"without a kind", &Error{Err: io.EOF}, KindUnexpected},
+	for err, want := range map[error]int{
+		nil:                               0,
+		io.EOF:                            KindUnexpected, // another's
+		notFound:                          KindNotFound,
+		fmt.Errorf("stash: %w", notFound): KindNotFound,
+		&Error{Kind: KindRateLimit, Err: notFound}: KindRateLimit, // of the outer of two
+		errors.Join(io.EOF, notFound):              KindNotFound,
+		&Error{Err: io.EOF}:                        KindUnexpected, // without a kind
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			require.Equal(t, tc.kind, Kind(tc.err))
-			for _, kind := range []int{KindNotFound, KindBadRequest, KindUnexpected, KindAlreadyExists, KindRateLimit, KindGatewayTimeout} {
-				require.Equal(t, kind == tc.kind, Is(tc.err, kind))
-			}
-			require.False(t, Is(nil, tc.kind), "no error is of no kind")
-		})
+		require.Equal(t, want, Kind(err), "%v", err)
+		for _, kind := range []int{KindNotFound, KindBadRequest, KindUnexpected, KindAlreadyExists, KindRateLimit, KindGatewayTimeout} {
+			require.Equal(t, kind == want, Is(err, kind), "%v", err)
+		}
+		require.False(t, Is(nil, want), "no error is of no kind")
 	}
 }
 
@@ -73,8 +70,8 @@ func TestKindsAreAthens(t *testing.T) {
 
 // asGoogle is an error as the HTTP transport returns it: a *googleapi.Error that
 // wraps an *apierror.APIError, and is wrapped in turn.
-func asGoogle(code int, message string) error {
-	e := &googleapi.Error{Code: code, Message: message}
+func asGoogle(code int) error {
+	e := &googleapi.Error{Code: code}
 	if inner, ok := apierror.ParseError(e, false); ok {
 		e.Wrap(inner)
 	}
@@ -95,56 +92,46 @@ func TestErrorsOfBothTransports(t *testing.T) {
 	predicates := map[string]func(error) bool{
 		"refused": isPreconditionFailed, "forbidden": isForbidden, "absent": isAbsent, "transient": func(err error) bool { return retryReason(err) != "" },
 	}
+	failsWith := func(text string) error {
+		return &url.Error{Op: "Post", URL: "https://storage.googleapis.com", Err: errors.New(text)}
+	}
 	for _, tc := range []struct {
-		name string
-		err  error
-		kind int    // that fail makes of it
 		is   string // the only predicate that holds, if any
+		kind int    // that fail makes of it
+		errs []error
 	}{
-		{"HTTP 412", asGoogle(412, ""), KindUnexpected, "refused"},
-		{"bare FailedPrecondition", asStatus(codes.FailedPrecondition), KindUnexpected, "refused"},
-		{"FailedPrecondition", asAPI(t, codes.FailedPrecondition), KindUnexpected, "refused"},
-		{"HTTP 429", asGoogle(429, ""), KindRateLimit, "transient"},
-		{"bare ResourceExhausted", asStatus(codes.ResourceExhausted), KindRateLimit, "transient"},
-		{"ResourceExhausted", asAPI(t, codes.ResourceExhausted), KindRateLimit, "transient"},
-		{"HTTP 403", asGoogle(403, ""), KindUnexpected, "forbidden"},
-		{"PermissionDenied", asAPI(t, codes.PermissionDenied), KindUnexpected, "forbidden"},
-		{"bare PermissionDenied", asStatus(codes.PermissionDenied), KindUnexpected, "forbidden"},
-		{"object missing", fmt.Errorf("reading: %w", storage.ErrObjectNotExist), KindNotFound, "absent"},
-		{"HTTP 401", asGoogle(401, ""), KindUnexpected, ""}, {"HTTP 400", asGoogle(400, ""), KindUnexpected, ""},
-		{"InvalidArgument", asAPI(t, codes.InvalidArgument), KindUnexpected, ""},
-		{"HTTP 503", asGoogle(503, ""), KindUnexpected, "transient"}, {"HTTP 501", asGoogle(501, ""), KindUnexpected, ""},
-		{"Unimplemented", asAPI(t, codes.Unimplemented), KindUnexpected, ""},
-		{"HTTP 500", asGoogle(500, ""), KindUnexpected, "transient"},
-		{"HTTP 408", asGoogle(408, ""), KindUnexpected, "transient"},
-		{"HTTP 409", asGoogle(409, ""), KindUnexpected, "transient"},
-		{"Unavailable", asAPI(t, codes.Unavailable), KindUnexpected, "transient"},
-		{"bare Unavailable", asStatus(codes.Unavailable), KindUnexpected, "transient"},
-		{"Internal", asAPI(t, codes.Internal), KindUnexpected, "transient"},
-		{"Aborted", asAPI(t, codes.Aborted), KindUnexpected, "transient"}, {"EOF", io.EOF, KindUnexpected, "transient"},
-		{"EOF of a request", fmt.Errorf("Post: %w", io.EOF), KindUnexpected, "transient"},
-		{"unexpected EOF", io.ErrUnexpectedEOF, KindUnexpected, "transient"},
-		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, KindUnexpected, "transient"},
-		{"HTTP/2 stream reset", &url.Error{Op: "Post", URL: "https://storage.googleapis.com", Err: errors.New("stream error: stream ID 3; INTERNAL_ERROR; received from peer")}, KindUnexpected, "transient"},
-		{"HTTP/2 GOAWAY", &url.Error{Op: "Get", URL: "https://storage.googleapis.com", Err: errors.New("http2: server sent GOAWAY and closed the connection; LastStreamID=1, ErrCode=NO_ERROR")}, KindUnexpected, "transient"},
-		{"HTTP/2 connection", errors.New("connection error: PROTOCOL_ERROR"), KindUnexpected, "transient"},
-		{"HTTP 400 of a proxy", asGoogle(400, "http2: no"), KindUnexpected, ""},
-		{"half an answer", fmt.Errorf("decoding: %w", json.Unmarshal([]byte("{"), new(any))), KindUnexpected, "transient"},
-		{"something else", errors.New("something else"), KindUnexpected, "transient"},
-		{"cancelled by another", context.Canceled, KindUnexpected, "transient"},
+		{"refused", KindUnexpected, []error{asGoogle(412), asStatus(codes.FailedPrecondition), asAPI(t, codes.FailedPrecondition)}},
+		{"forbidden", KindUnexpected, []error{asGoogle(403), asStatus(codes.PermissionDenied), asAPI(t, codes.PermissionDenied)}},
+		{"absent", KindNotFound, []error{fmt.Errorf("reading: %w", storage.ErrObjectNotExist)}},
+		{"transient", KindRateLimit, []error{asGoogle(429), asStatus(codes.ResourceExhausted), asAPI(t, codes.ResourceExhausted)}},
+		{"transient", KindUnexpected, []error{
+			asGoogle(408), asGoogle(409), asGoogle(500), asGoogle(503), asStatus(codes.Unavailable), asAPI(t, codes.Unavailable),
+			asAPI(t, codes.Internal), asAPI(t, codes.Aborted), io.EOF, fmt.Errorf("Post: %w", io.EOF), io.ErrUnexpectedEOF,
+			&net.OpError{Op: "read", Err: syscall.ECONNRESET}, errors.New("connection error: PROTOCOL_ERROR"),
+			failsWith("stream error: stream ID 3; INTERNAL_ERROR; received from peer"),
+			failsWith("http2: server sent GOAWAY and closed the connection; LastStreamID=1, ErrCode=NO_ERROR"),
+			fmt.Errorf("half an answer: %w", json.Unmarshal([]byte("{"), new(any))),
+			errors.New("something else"), context.Canceled, // by another
+		}},
+		{"", KindUnexpected, []error{
+			asGoogle(400), asGoogle(401), asGoogle(501), asAPI(t, codes.InvalidArgument), asAPI(t, codes.Unimplemented),
+			fmt.Errorf("http2: %w", asGoogle(400)), // of a proxy
+		}},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			for name, is := range predicates {
-				require.Equal(t, name == tc.is, is(tc.err), name)
-			}
-			// The caller's context decides once it has ended.
-			for _, ctx := range append(contextEnds(t.Context(), 0), contextEnd{t.Context(), tc.kind, tc.err}) {
-				err := fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, tc.err)
-				requireError(t, err, ctx.kind, "gcs.Save", "m", "v1.0.0")
-				require.ErrorIs(t, err, ctx.cause)
-				require.ErrorIs(t, err, tc.err)
-			}
-		})
+		for _, cause := range tc.errs {
+			t.Run(cause.Error(), func(t *testing.T) {
+				for name, is := range predicates {
+					require.Equal(t, name == tc.is, is(cause), name)
+				}
+				// The caller's context decides once it has ended.
+				for _, ctx := range append(contextEnds(t.Context(), 0), contextEnd{t.Context(), tc.kind, cause}) {
+					err := fail(ctx, "Save", ModuleVersion{"m", "v1.0.0"}, cause)
+					requireError(t, err, ctx.kind, "gcs.Save", "m", "v1.0.0")
+					require.ErrorIs(t, err, ctx.cause)
+					require.ErrorIs(t, err, cause)
+				}
+			})
+		}
 	}
 	for name, is := range predicates {
 		require.False(t, is(nil), name)
@@ -166,21 +153,12 @@ func TestVerdicts(t *testing.T) {
 }
 
 func TestErrorIs(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		s, a := f.storage("a"), contentOf("a", 100)
-		_, err := s.Info(t.Context(), testModule, testVersion)
-		require.ErrorIs(t, err, fs.ErrNotExist)
-		require.NotErrorIs(t, err, fs.ErrExist)
+	for kind := range 1000 {
+		err := fmt.Errorf("wrapped: %w", &Error{Kind: kind, Err: storage.ErrObjectNotExist})
+		require.Equal(t, kind == KindNotFound, errors.Is(err, fs.ErrNotExist))
+		require.Equal(t, kind == KindAlreadyExists, errors.Is(err, fs.ErrExist))
 		require.ErrorIs(t, err, storage.ErrObjectNotExist)
-		require.ErrorIs(t, s.Delete(t.Context(), testModule, testVersion), fs.ErrNotExist)
-		require.NoError(t, a.save(t.Context(), s))
-		err = a.save(t.Context(), s)
-		require.ErrorIs(t, err, fs.ErrExist)
-		require.NotErrorIs(t, err, fs.ErrNotExist)
-		_, err = s.Info(t.Context(), "", testVersion)
-		require.NotErrorIs(t, err, fs.ErrNotExist)
-		require.NotErrorIs(t, err, fs.ErrExist)
-	})
+	}
 }
 
 // A foreignError is an error of another package that wraps one of this.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"strings"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -18,42 +17,26 @@ import (
 
 func TestReads(t *testing.T) {
 	run(t, "all", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", []byte("the mod"), strings.NewReader("the zip"), nil, []byte("the info")))
-
+		a := contentOf("a", 100)
+		require.NoError(t, a.save(t.Context(), s))
 		f.ResetLog()
-		returns(t, []byte("the info"))(s.Info(t.Context(), "m", "v1.0.0"))
-		returns(t, []byte("the mod"))(s.GoMod(t.Context(), "m", "v1.0.0"))
-		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
+		returns(t, a.info)(s.Info(t.Context(), testModule, testVersion))
+		returns(t, a.mod)(s.GoMod(t.Context(), testModule, testVersion))
+		zip, err := s.Zip(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
-		require.EqualValues(t, len("the zip"), zip.Size())
-		require.NoError(t, iotest.TestReader(zip, []byte("the zip")))
-		require.EqualValues(t, len("the zip"), zip.Size(), "of the object, not of what is left of it")
+		require.EqualValues(t, 100, zip.Size())
+		require.NoError(t, iotest.TestReader(zip, a.zip))
+		require.EqualValues(t, 100, zip.Size(), "of the object, not of what is left of it")
 		require.NoError(t, zip.Close())
-
-		var objects []string
-		for _, r := range f.Log() {
-			objects = append(objects, r.Op+" "+r.Object)
-		}
-		require.Equal(t, []string{"get m/@v/v1.0.0.info", "get m/@v/v1.0.0.mod", "get m/@v/v1.0.0.zip"}, objects)
+		require.Equal(t, []string{"get", "get", "get"}, logged(f))
 		requireNothingInFlight(t, f)
 	})
 
 	run(t, "empty files", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-		require.NoError(t, s.Save(t.Context(), "m", "v1.0.0", nil, strings.NewReader(""), nil, nil))
+		require.NoError(t, content{}.save(t.Context(), s))
 		for _, read := range readers {
-			returns(t, "")(read(t.Context(), s, "m", "v1.0.0"))
+			returns(t, "")(read(t.Context(), s, testModule, testVersion))
 		}
-		zip, err := s.Zip(t.Context(), "m", "v1.0.0")
-		require.NoError(t, err)
-		require.Zero(t, zip.Size())
-		require.NoError(t, zip.Close())
-	})
-
-	// A missing bucket holds no object.
-	run(t, "missing bucket", withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
-		s := NewStorage(f.Machine("lost").Client.Bucket("other"))
-		_, err := s.Info(t.Context(), "m", "v1.0.0")
-		requireError(t, err, KindNotFound, "gcs.Info", "m", "v1.0.0")
 	})
 }
 
@@ -90,18 +73,21 @@ func forReaders(t *testing.T, test func(t *testing.T, f *fakeGCS, s *Storage, op
 
 var extOf = map[string]string{"Info": extInfo, "GoMod": extMod, "Zip": extZip}
 
+// asStored is what is read of a version that storeVersion stored.
+func asStored(op, vers string) string { return string(contentOf(vers, 100).file(extOf[op])) }
+
 // One object can be missing while the other two are there.
 func TestReadMissing(t *testing.T) {
 	forReaders(t, func(t *testing.T, f *fakeGCS, s *Storage, op string) {
-		storeVersion(f, "m", "v1.0.0", "v1.0.0-rc.1")
-		storeVersion(f, "m/v2", "v1.0.0")
-		f.Remove("m/@v/v1.0.0." + extOf[op])
+		storeVersion(f, testModule, testVersion, testVersion+"-rc.1")
+		storeVersion(f, testModule+"/v2", testVersion)
+		f.Remove(objectName(extOf[op]))
 		for other := range readers {
-			if content, err := readers[other](t.Context(), s, "m", "v1.0.0"); other == op {
-				requireError(t, err, KindNotFound, "gcs."+op, "m", "v1.0.0")
+			if content, err := readers[other](t.Context(), s, testModule, testVersion); other == op {
+				requireError(t, err, KindNotFound, "gcs."+op, testModule, testVersion)
 				require.ErrorIs(t, err, storage.ErrObjectNotExist)
 			} else {
-				returns(t, string(contentOf("v1.0.0", 100).file(extOf[other])))(content, err)
+				returns(t, asStored(other, testVersion))(content, err)
 			}
 		}
 		require.Len(t, f.Log(), 3)
@@ -116,9 +102,9 @@ func TestReadFaults(t *testing.T) {
 				if fault == fakegcs.Hung && op == "Zip" {
 					t.Skip("only Info and GoMod ask again when there is no answer")
 				}
-				storeVersion(f, "m", "v1.0.0")
-				f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
-				returns(t, string(contentOf("v1.0.0", 100).file(extOf[op])))(readers[op](within(t, time.Minute), s, "m", "v1.0.0"))
+				storeVersion(f, testModule, testVersion)
+				f.fault(fault, nth("m", 0))
+				returns(t, asStored(op, testVersion))(readers[op](within(t, time.Minute), s, testModule, testVersion))
 				require.Len(t, f.Log(), 2)
 			})
 		})
@@ -133,36 +119,24 @@ func bigZip() []byte {
 	return b
 }
 
-// breakFirst breaks the first answer off in the middle, and does something before
-// the next request.
-func breakFirst(f *fakeGCS, before func()) {
-	f.fault(fakegcs.LostBody, nth("m", 0))
-	f.before(nth("m", 1), before)
-}
-
 func TestZip(t *testing.T) {
 	// A stream that breaks goes on where it was.
 	run(t, "breaks", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
 		want := bigZip()
-		f.Put("m/@v/v1.0.0.zip", want, nil)
-		breakFirst(f, func() {})
-		r, err := s.Zip(t.Context(), "m", "v1.0.0")
+		f.Put(objectName(extZip), want, nil)
+		f.fault(fakegcs.LostBody, nth("m", 0))
+		got, err := readers["Zip"](t.Context(), s, testModule, testVersion)
 		require.NoError(t, err)
-		require.EqualValues(t, len(want), r.Size())
-		got, err := io.ReadAll(r)
-		require.NoError(t, err)
-		require.True(t, bytes.Equal(want, got))
-		require.NoError(t, r.Close())
-		log := f.Log()
-		require.Len(t, log, 2)
-		require.Less(t, log[1].Received, int64(len(want)), "the rest is enough")
+		require.True(t, got == string(want))
+		require.Len(t, f.Log(), 2)
+		require.Less(t, f.Log()[1].Received, int64(len(want)), "the rest is enough")
 		requireNothingInFlight(t, f)
 	})
 
 	// A caller may stop in the middle of a zip.
 	run(t, "closed early", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.Put("m/@v/v1.0.0.zip", bigZip(), nil)
-		r, err := s.Zip(t.Context(), "m", "v1.0.0")
+		f.Put(objectName(extZip), bigZip(), nil)
+		r, err := s.Zip(t.Context(), testModule, testVersion)
 		require.NoError(t, err)
 		_, err = io.ReadFull(r, make([]byte, 10))
 		require.NoError(t, err)
@@ -174,7 +148,7 @@ func TestZip(t *testing.T) {
 // A stream that cannot go on ends with an error, and not with the bytes of
 // another object.
 func TestZipBreaksForGood(t *testing.T) {
-	const name = "m/@v/v1.0.0.zip"
+	name := objectName(extZip)
 	for _, tc := range []struct {
 		name   string
 		before func(f *fakeGCS, cancel func())
@@ -190,19 +164,18 @@ func TestZipBreaksForGood(t *testing.T) {
 			f.Put(name, want, nil)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
+			f.fault(fakegcs.LostBody, nth("m", 0))
 			f.fault(fakegcs.Unavailable, nth("m", 1)) // when the client asks for the rest itself
-			breakFirst(f, func() { tc.before(f, cancel) })
-			r, err := s.Zip(ctx, "m", "v1.0.0")
+			f.before(nth("m", 1), func() { tc.before(f, cancel) })
+			r, err := s.Zip(ctx, testModule, testVersion)
 			require.NoError(t, err)
 			got, err := io.ReadAll(r)
-			requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
+			requireError(t, err, Kind(err), "gcs.Zip", testModule, testVersion)
 			if tc.is != nil {
 				require.ErrorIs(t, err, tc.is)
 			}
 			require.True(t, bytes.HasPrefix(want, got))
-			if err := r.Close(); err != nil {
-				requireError(t, err, Kind(err), "gcs.Zip", "m", "v1.0.0")
-			}
+			require.Equal(t, err, r.Close())
 		})
 	}
 }

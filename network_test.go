@@ -329,8 +329,7 @@ func TestCorruptedRead(t *testing.T) {
 			t.Skip("its caller has read it by then")
 		}
 		storeVersion(f, testModule, testVersion)
-		want := string(contentOf(testVersion, 100).file(extOf[op]))
-		returns(t, want)(readers[op](t.Context(), f.edited(corruptFirst), testModule, testVersion))
+		returns(t, asStored(op, testVersion))(readers[op](t.Context(), f.edited(corruptFirst), testModule, testVersion))
 		require.Len(t, f.Log(), 2)
 	})
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
+	"path"
 	"strings"
 	"testing"
 	"time"
@@ -84,57 +85,43 @@ func TestPrefixOfLongName(t *testing.T) {
 	})
 }
 
-func TestPrefix(t *testing.T) {
-	forEach(t, inCrowd, []string{"athens", "athens/"}, func(t *testing.T, f *fakeGCS, prefix string) {
-		s := NewStorage(f.Machine("m").Bucket, WithPrefix(prefix))
-		next := stashFunc(func(ctx context.Context, _, vers string) (string, error) {
-			require.NotNil(t, f.Get("athens/"+objectName(extClaim)))
-			return vers, contentOf("a", 100).save(ctx, s)
-		})
-		requireStash(t, s.SingleFlight(next), testVersion, testVersion)
-		require.Equal(t, []string{
-			"athens/" + objectName(extInfo), "athens/" + objectName(extMod), "athens/" + objectName(extZip),
-		}, f.Names())
-		const beside = testVersion + ".j" // whose names lie between those of testVersion
-		require.NoError(t, saveVersion(t.Context(), s, testModule, beside))
-		require.NoError(t, s.Check(t.Context()))
-		requireList(t, s, testModule, beside, testVersion)
-		_, token, err := s.Catalog(t.Context(), "", 1)
-		require.NoError(t, err)
-		require.NotContains(t, token, "athens")
-		require.Equal(t, []ModuleVersion{{testModule, beside}, {testModule, testVersion}}, catalogOf(t, s, 1))
-		returns(t, contentOf("a", 100).info)(s.Info(t.Context(), testModule, testVersion))
-		require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-		require.NoError(t, s.Delete(t.Context(), testModule, beside))
-		require.Empty(t, f.Names())
-	})
-}
-
 // Storages do not see each other's versions, also if the name of one prefix begins
-// with that of the other. A folder is seen from above: it is part of a module path.
-func TestPrefixesApart(t *testing.T) {
+// with that of another. A folder is seen from above: it is part of a module path.
+func TestPrefixes(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		on := func(prefix string) *Storage { return NewStorage(f.Machine(prefix).Bucket, WithPrefix(prefix)) }
-		a, ab, none := on("a"), on("ab"), on("")
-		versions := map[*Storage]string{a: "v1.0.0", ab: "v2.0.0", none: "v3.0.0"}
-		for s, vers := range versions {
-			require.NoError(t, saveVersion(t.Context(), s, testModule, vers))
+		var names []string
+		prefixes := []string{"athens", "athens2", "athens3/", ""}
+		for i, prefix := range prefixes {
+			// The second lies, where the first has its ending, between its names.
+			for _, vers := range []string{fmt.Sprintf("v%d", i), fmt.Sprintf("v%d.j", i)} {
+				require.NoError(t, saveVersion(t.Context(), on(prefix), testModule, vers))
+				for _, ext := range allExts {
+					names = append(names, path.Join(prefix, ModuleVersion{testModule, vers}.object(ext)))
+				}
+			}
 		}
-		for s, vers := range versions {
-			requireList(t, s, testModule, vers)
-			if s == none {
+		require.ElementsMatch(t, names, f.Names())
+		for i, prefix := range prefixes {
+			s, want := on(prefix), []string{fmt.Sprintf("v%d.j", i), fmt.Sprintf("v%d", i)}
+			requireList(t, s, testModule, want...)
+			if prefix == "" {
 				continue
 			}
-			require.Equal(t, []ModuleVersion{{testModule, vers}}, catalogOf(t, s, 0))
-			for _, status := range scanned(t, s, "") {
-				require.Equal(t, ModuleVersion{testModule, vers}, status.ModuleVersion)
+			versions := []ModuleVersion{{testModule, want[0]}, {testModule, want[1]}}
+			_, token, err := s.Catalog(t.Context(), "", 1)
+			require.NoError(t, err)
+			require.NotContains(t, token, "athens")
+			require.Equal(t, versions, catalogOf(t, s, 1))
+			for i, status := range scanned(t, s, "") {
+				require.Equal(t, versions[i], status.ModuleVersion)
 			}
 		}
 		for _, r := range f.Log() { // and list nothing else
-			require.True(t, r.Machine == "" || strings.HasPrefix(r.Object, r.Machine+"/"), "%v", r)
+			require.True(t, r.Machine == "" || strings.HasPrefix(r.Object, strings.TrimSuffix(r.Machine, "/")+"/"), "%v", r)
 		}
-		require.ErrorIs(t, a.Delete(t.Context(), testModule, "v2.0.0"), fs.ErrNotExist)
-		requireList(t, none, "a/"+testModule, "v1.0.0")
+		require.ErrorIs(t, on("athens").Delete(t.Context(), testModule, "v1"), fs.ErrNotExist)
+		requireList(t, on(""), "athens/"+testModule, "v0.j", "v0")
 	})
 }
 
