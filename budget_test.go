@@ -81,7 +81,7 @@ func TestBudgetLeftovers(t *testing.T) {
 func TestBudgetNothing(t *testing.T) {
 	forNamed(t, inBubble, map[string]io.Reader{
 		"fails":          iotest.ErrReader(io.ErrUnexpectedEOF),
-		"blocks":         readFunc(func([]byte) (int, error) { time.Sleep(time.Hour); return 1, nil }),
+		"blocks":         trickle(time.Hour),
 		"does not match": strings.NewReader("another"),
 		"large, fails":   io.MultiReader(newPattern(maxBuffered), iotest.ErrReader(io.ErrUnexpectedEOF)),
 	}, func(t *testing.T, f *fakeGCS, zip io.Reader) {

@@ -262,6 +262,17 @@ func TestFencedWaits(t *testing.T) {
 }
 
 func TestRenewals(t *testing.T) {
+	// A zip that takes longer than the stale threshold is not taken over, because
+	// its marker is renewed; after it, the commit waits until it may.
+	run(t, "of a slow zip", inBubble, func(t *testing.T, f *fakeGCS) {
+		f.EnforceRates(true)
+		a := contentOf("a", 100)
+		// The last renewal is under way when the zip is done.
+		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
+		requireStored(t, f, a)
+		require.InDelta(t, 10*60/30+1, renewed(t, f, extMod), 1) // the commit is one more
+	})
+
 	// A saver far away, one of whose renewals had no answer, keeps its marker fresh.
 	for _, trip := range []time.Duration{3 * time.Second, 4 * time.Second} {
 		run(t, "over a slow line "+trip.String(), inCrowd, func(t *testing.T, f *fakeGCS) {
@@ -313,14 +324,10 @@ func TestRenewals(t *testing.T) {
 
 	// A save that is deleted while its zip trickles in ends at the next renewal.
 	run(t, "of a fenced save", inCrowd, func(t *testing.T, f *fakeGCS) {
-		a := contentOf("a", 1200)
-		rest := bytes.NewReader(a.zip)
 		time.AfterFunc(10*time.Minute, func() { f.Remove(objectName(extMod)) })
 		start := time.Now()
-		requireFenced(t, a.saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), readFunc(func(p []byte) (int, error) {
-			time.Sleep(time.Second)
-			return rest.Read(p[:1])
-		})))
+		zip := io.LimitReader(trickle(time.Second), 1200)
+		requireFenced(t, contentOf("a", 0).saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), zip))
 		require.InDelta(t, 10*60, time.Since(start).Seconds(), DefaultStaleThreshold.Seconds()/renewals+1)
 	})
 

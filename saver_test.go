@@ -9,7 +9,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -208,27 +207,6 @@ func (d sleepReader) Read([]byte) (int, error) {
 	return 0, io.EOF
 }
 
-func TestSave(t *testing.T) {
-	// A zip that takes longer than the stale threshold is not taken over, because
-	// its marker is renewed; after it, the commit waits until it may.
-	run(t, "slow zip", inBubble, func(t *testing.T, f *fakeGCS) {
-		f.EnforceRates(true)
-		a := contentOf("a", 100)
-		// The last renewal is under way when the zip is done.
-		require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 10*time.Minute))
-		requireStored(t, f, a)
-		require.InDelta(t, 10*60/30+1, renewed(t, f, extMod), 1) // the commit is one more
-	})
-
-	run(t, "heals and says so", inBubble, func(t *testing.T, f *fakeGCS) {
-		f.Put(objectName(extMod), []byte("poisoned"), nil)
-		time.Sleep(time.Second)
-		var log syncedLog
-		require.NoError(t, contentOf("a", 100).save(t.Context(), f.storage("a", log.option())))
-		require.Contains(t, log.String(), `level=INFO msg="healed a version" module=example.com/mod version=v1.0.0 found=partial`)
-	})
-}
-
 // Of savers that start together, one stores the version, and all can read it.
 func TestSaveContention(t *testing.T) {
 	forEach(t, inBubble, []int{2, 3, 10}, func(t *testing.T, f *fakeGCS, n int) {
@@ -246,17 +224,13 @@ func TestSaveContention(t *testing.T) {
 func requireOneWinner(t *testing.T, f *fakeGCS, n int, save func(i int) (content, error)) {
 	t.Helper()
 	winners := make(chan content, n)
-	var group sync.WaitGroup
-	for i := range n {
-		group.Go(func() {
-			if c, err := save(i); err == nil {
-				winners <- c
-			} else {
-				requireKind(t, err, KindAlreadyExists)
-			}
-		})
-	}
-	group.Wait()
+	together(n, func(i int) {
+		if c, err := save(i); err == nil {
+			winners <- c
+		} else {
+			requireKind(t, err, KindAlreadyExists)
+		}
+	})
 	require.Len(t, winners, 1)
 	requireStored(t, f, <-winners)
 }
@@ -293,10 +267,7 @@ func TestSaveEnds(t *testing.T) {
 	run(t, "info refused", inBubble, func(t *testing.T, f *fakeGCS) {
 		f.atFirst(on("", "", extInfo), func() { f.Deny("storage.objects.create") })
 		start := time.Now()
-		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), io.LimitReader(readFunc(func(p []byte) (int, error) {
-			time.Sleep(time.Second)
-			return 1, nil
-		}), 1000))
+		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a", WithChunkSize(1)), io.LimitReader(trickle(time.Second), 1000))
 		require.ErrorContains(t, err, "storage.objects.create")
 		require.Less(t, time.Since(start), 5*time.Second)
 	})
@@ -427,21 +398,6 @@ func TestSaveRefusedForOtherReasons(t *testing.T) {
 			require.True(t, isPreconditionFailed(err))
 			require.Less(t, len(f.Log()), most)
 		})
-	}
-}
-
-// What GCS refuses again and again ends a save that has no deadline, and the kind
-// says why.
-func TestSaveRetriesEnd(t *testing.T) {
-	for _, op := range []string{"list", "insert", "patch"} {
-		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
-			run(t, fmt.Sprintf("%s %v", op, fault), inBubble, func(t *testing.T, f *fakeGCS) {
-				storeFiles(f, testModule, testVersion, extMod)
-				time.Sleep(time.Second)
-				f.fault(fault, on("", op, ""))
-				require.Less(t, timeOf(func() { requireKind(t, contentOf("a", 100).save(t.Context(), f.storage("a")), kind) }), 3*retryLimit)
-			})
-		}
 	}
 }
 

@@ -39,30 +39,37 @@ func requireNothingRunning(t *testing.T) {
 	}
 }
 
-func TestSaveLooksAtItsContextBetweenReads(t *testing.T) {
-	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
-		start := time.Now()
-		zip := behindHead(size, func(p []byte) (int, error) {
-			time.Sleep(100 * time.Millisecond)
-			return copy(p, "x"), nil
-		})
-		err := contentOf("a", 0).saveFrom(within(t, 5*time.Second), f.storage("a", WithChunkSize(faultChunk)), zip)
-		requireKind(t, err, KindGatewayTimeout)
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Less(t, time.Since(start), 5500*time.Millisecond)
-		requireNothingRunning(t)
-		requireSavableAtOnce(t, f)
-	})
+// trickle is an endless reader, which pauses before each byte.
+func trickle(pause time.Duration) readFunc {
+	return func([]byte) (int, error) {
+		time.Sleep(pause)
+		return 1, nil
+	}
 }
 
-func TestSaveOfReaderWithoutProgress(t *testing.T) {
-	forNamed(t, inCrowd, heads, func(t *testing.T, f *fakeGCS, size int) {
-		zip := behindHead(size, func([]byte) (int, error) { return 0, nil })
-		err := contentOf("a", 0).saveFrom(t.Context(), f.storage("a"), zip)
-		requireKind(t, err, KindUnexpected)
-		require.ErrorIs(t, err, io.ErrNoProgress)
-		requireSavableAtOnce(t, f)
-	})
+// A save looks at its context between reads, and ends when a reader makes no progress.
+func TestSaveOfEndlessReader(t *testing.T) {
+	for name, test := range map[string]struct {
+		read  readFunc
+		kind  int
+		cause error
+	}{
+		"slow":             {trickle(100 * time.Millisecond), KindGatewayTimeout, context.DeadlineExceeded},
+		"without progress": {func([]byte) (int, error) { return 0, nil }, KindUnexpected, io.ErrNoProgress},
+	} {
+		for head, size := range heads {
+			run(t, name+" "+head, inCrowd, func(t *testing.T, f *fakeGCS) {
+				start := time.Now()
+				s := f.storage("a", WithChunkSize(faultChunk))
+				err := contentOf("a", 0).saveFrom(within(t, 5*time.Second), s, behindHead(size, test.read))
+				requireKind(t, err, test.kind)
+				require.ErrorIs(t, err, test.cause)
+				require.Less(t, time.Since(start), 5500*time.Millisecond)
+				requireNothingRunning(t)
+				requireSavableAtOnce(t, f)
+			})
+		}
+	}
 }
 
 func TestSaveOfReader(t *testing.T) {
@@ -230,8 +237,7 @@ func TestUploadSessionGone(t *testing.T) {
 			}
 			first = false
 			return answer(code, "no such session")
-		})
-		s.bucket.chunkSize = 256 << 10
+		}, WithChunkSize(faultChunk))
 		a := contentOf("a", 3<<20)
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		leave(f, nil, extZip) // and is over the same leftover
@@ -251,8 +257,7 @@ func TestUpload(t *testing.T) {
 				return nil
 			}
 			return answer(http.StatusBadRequest, "Bucket is a requester pays bucket but no user project provided.")
-		})
-		s.bucket.chunkSize = 256 << 10
+		}, WithChunkSize(faultChunk))
 		requireKind(t, contentOf("a", 3<<20).save(t.Context(), s), KindUnexpected)
 	})
 
@@ -277,23 +282,32 @@ func TestUpload(t *testing.T) {
 	})
 }
 
-// A large zip whose upload is limited, or hangs, for good fails after some minutes.
-func TestStreamLimited(t *testing.T) {
-	for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Hung: KindUnexpected} {
-		for _, op := range []string{"start", "chunk"} {
-			for seek, chunk := range map[bool]int{true: 16 << 20, false: 256 << 10} {
-				run(t, fmt.Sprint(fault, op, seek), inCrowd, func(t *testing.T, f *fakeGCS) {
-					f.fault(fault, on("", op, ""))
-					zip := io.Reader(bytes.NewReader(make([]byte, 17<<20)))
-					if !seek {
-						zip = plain(zip)
-					}
-					start := time.Now()
-					err := f.storage("a", WithChunkSize(chunk)).Save(t.Context(), testModule, testVersion, nil, zip, nil, nil)
-					requireKind(t, err, kind)
-					require.Less(t, time.Since(start), 2*retryLimit)
-				})
+// What GCS refuses again and again, or never answers, ends a save that has no deadline after
+// some minutes, and the kind says why.
+func TestSaveRetriesEnd(t *testing.T) {
+	for _, at := range []string{"list", "insert", "patch", "start", "chunk", "start once", "chunk once"} {
+		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
+			op, once, _ := strings.Cut(at, " ")
+			large := op == "start" || op == "chunk"
+			if large && fault == fakegcs.Unavailable {
+				continue // as TooMany
 			}
+			run(t, fmt.Sprint(at, " ", fault), inBubble, func(t *testing.T, f *fakeGCS) {
+				storeFiles(f, testModule, testVersion, extMod)
+				time.Sleep(time.Second)
+				f.fault(fault, on("", op, ""))
+				size, chunk, limit := 100, defaultChunkSize, 3*retryLimit
+				if large {
+					size, limit = 17<<20, 2*retryLimit
+				}
+				zip := io.Reader(bytes.NewReader(make([]byte, size)))
+				if once != "" {
+					zip, chunk = plain(zip), faultChunk
+				}
+				s, start := f.storage("a", WithChunkSize(chunk)), time.Now()
+				requireKind(t, s.Save(t.Context(), testModule, testVersion, nil, zip, nil, nil), kind)
+				require.Less(t, time.Since(start), limit)
+			})
 		}
 	}
 }
@@ -309,10 +323,11 @@ func TestSlowLine(t *testing.T) {
 		{256 << 10, 24 << 10, true}, {256 << 10, 23 << 10, false},
 	} {
 		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
-			m := f.Register("a")
-			m.Connect(thinLine{m, test.rate})
+			thinLine := func(r *http.Request) (*http.Response, error) {
+				return nil, sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(test.rate))
+			}
 			a := contentOf("a", test.chunk+100)
-			err := a.saveFrom(t.Context(), NewStorage(m.Bucket, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
+			err := a.saveFrom(t.Context(), f.on(thinLine, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
 			if test.enough {
 				require.NoError(t, err)
 			} else {
@@ -320,18 +335,4 @@ func TestSlowLine(t *testing.T) {
 			}
 		})
 	}
-}
-
-// thinLine is a transport that carries so many bytes a second.
-type thinLine struct {
-	next http.RoundTripper
-	rate int
-}
-
-func (l thinLine) RoundTrip(r *http.Request) (*http.Response, error) {
-	if err := sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(l.rate)); err != nil {
-		r.Body.Close()
-		return nil, err
-	}
-	return l.next.RoundTrip(r)
 }
