@@ -205,7 +205,7 @@ func TestRepairFails(t *testing.T) {
 // TestRepairMany repairs many versions at the same time, and counts the requests.
 func TestRepairMany(t *testing.T) {
 	b := newBucket(t)
-	const versions = 3_000
+	const versions = 2_000
 	for i := range versions {
 		b.put(release{module: fmt.Sprintf("example.com/%05d", i), version: "v1.0.0"}, nil, "mod")
 	}
@@ -221,7 +221,7 @@ func TestRepairMany(t *testing.T) {
 	assert.Equal(t, statusFailed, status)
 	assertLine(t, stderr, "1 version could not be repaired; see above")
 	assert.Regexp(t, `\nexample.com/00017@v1.0.0: partial, no .info and .zip, written [^:]+: failed: gcs.Repair: `, stdout)
-	assert.True(t, strings.HasSuffix(stdout, "\n3,000 versions, 0 B: 3,000 partial; 2,999 removed, 1 failed\n"))
+	assert.True(t, strings.HasSuffix(stdout, "\n2,000 versions, 0 B: 2,000 partial; 1,999 removed, 1 failed\n"))
 	assert.True(t, slices.IsSorted(strings.Split(stdout, "\n")[:versions]))
 	assert.Equal(t, []string{stuck}, b.Names())
 	const perVersion = 3 // two listings, a delete
@@ -264,12 +264,20 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// manyReleases returns n versions of one module.
+func manyReleases(n int) (all []release) {
+	for i := range n {
+		all = append(all, newRelease("example.com/many", fmt.Sprintf("v1.%d.0", i)))
+	}
+	return all
+}
+
 // TestStops has a list fail after the first page, and expects what was found.
 func TestStops(t *testing.T) {
+	releases := manyReleases(400)
 	for _, command := range []string{"check", "repair", "verify"} {
 		b := newBucket(t)
-		for i := range 400 {
-			r := newRelease("example.com/many", fmt.Sprintf("v1.%d.0", i))
+		for _, r := range releases {
 			b.put(r, nil, "info", "mod", "zip")
 		}
 		lists := 0
@@ -298,6 +306,7 @@ func TestStops(t *testing.T) {
 // TestProgress expects the progress on a terminal, beside complete lines of output.
 func TestProgress(t *testing.T) {
 	clearGoEnv(t)
+	releases := manyReleases(1000)
 	scanned := `\r/ 33[34] versions, \d+ kB \(\d+ versions/s\) \[0s\]`
 	for command, want := range map[string][]string{
 		"check":  {scanned},
@@ -306,8 +315,8 @@ func TestProgress(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBucket(t)
-			for i := range 1000 {
-				b.put(newRelease("example.com/many", fmt.Sprintf("v1.%d.0", i)), nil, "info", "mod", "zip")
+			for _, r := range releases {
+				b.put(r, nil, "info", "mod", "zip")
 			}
 			b.SetLatency(300 * time.Millisecond)
 			b.terminal = true
@@ -357,6 +366,9 @@ func TestPrefix(t *testing.T) {
 
 // TestLargeBucket expects one request a page, and the memory of one page.
 func TestLargeBucket(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it measures memory, of which the race detector takes more")
+	}
 	b := newBucket(t)
 	const versions = 10_000
 	for i := range versions {
