@@ -1,6 +1,8 @@
 package gcs
 
 import (
+	"crypto/md5"
+	"encoding/base64"
 	"fmt"
 	"slices"
 	"strings"
@@ -8,6 +10,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // An observation is one call of one version, as its caller saw it.
@@ -15,7 +19,7 @@ type observation struct {
 	who     string
 	call    string // Save, Exists, List, Delete, or the method that read an object
 	version string
-	save    int // which Save it was, or whose object was read
+	save    string // which Save it was, or whose object was read
 	how     string
 	outcome outcome
 	err     error
@@ -48,9 +52,9 @@ func (o *observation) String() string {
 	s := fmt.Sprintf("%10v %10v  %-4s %s %s", o.from.Round(time.Millisecond), o.till.Round(time.Millisecond), o.who, o.call, o.version)
 	switch {
 	case o.outcome == got:
-		s += fmt.Sprintf(" → of save %d", o.save)
+		s += fmt.Sprintf(" → of %s", o.save)
 	case o.call == "Save":
-		s += fmt.Sprintf(" %d (%s) → %v", o.save, o.how, outcomeNames[o.outcome])
+		s += fmt.Sprintf(" %s (%s) → %v", o.save, o.how, outcomeNames[o.outcome])
 	default:
 		s += fmt.Sprintf(" → %v", outcomeNames[o.outcome])
 	}
@@ -124,16 +128,67 @@ func (h history) check() (broken []string) {
 	return broken
 }
 
+// A life is a version that is complete: whose it is, and the generations of its objects.
+type life struct {
+	of             string
+	info, mod, zip int64
+}
+
+// A witness looks at versions in a bucket, and tells what breaks the invariants.
+type witness struct {
+	whose map[string]string // by MD5
+	lives map[ModuleVersion]life
+}
+
+func newWitness() *witness { return &witness{map[string]string{}, map[ModuleVersion]life{}} }
+
+// knows tells the witness whose a content is.
+func (w *witness) knows(who string, c content) {
+	for _, ext := range allExts {
+		w.whose[md5Of(c.file(ext))] = who
+	}
+}
+
+// look returns the life that a version has now, or none.
+func (w *witness) look(objects map[string]*fakegcs.Object, v ModuleVersion) (now life, broken []string) {
+	info, mod, zip := objects[v.object(extInfo)], objects[v.object(extMod)], objects[v.object(extZip)]
+	report := func(format string, args ...any) {
+		broken = append(broken, v.Version+": "+fmt.Sprintf(format, args...))
+	}
+	was := w.lives[v]
+	switch {
+	case mod == nil || mod.Metadata[keyInProgress] != "" || mod.Metadata[keyInProgressOld] != "":
+	case info != nil && zip != nil:
+		now = life{w.whose[mod.MD5], info.Generation, mod.Generation, zip.Generation}
+		if w.whose[info.MD5] != now.of || w.whose[zip.MD5] != now.of {
+			report("it is complete with the .info of %s, the .mod of %s and the .zip of %s", w.whose[info.MD5], now.of, w.whose[zip.MD5])
+		}
+	case w.whose[mod.MD5] != "old":
+		report("the .mod has no marker, and another object is missing")
+	}
+	if was.of != "" && mod != nil && mod.Generation == was.mod && now != was {
+		report("an object of a complete version was changed: %v, %v", was, now)
+	}
+	w.lives[v] = now
+	return now, broken
+}
+
+// md5Of returns a checksum as GCS writes it.
+func md5Of(data []byte) string {
+	sum := md5.Sum(data)
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
 // A history that breaks an invariant is told from one that merely looks odd.
 func TestHistory(t *testing.T) {
 	save := func(start, end, n int, out outcome) *observation {
-		return &observation{call: "Save", save: n, start: start, end: end, outcome: out}
+		return &observation{call: "Save", save: fmt.Sprint(n), start: start, end: end, outcome: out}
 	}
 	call := func(start, end int, name string, out outcome) *observation {
 		return &observation{call: name, start: start, end: end, outcome: out}
 	}
 	read := func(start, end, whose int) *observation {
-		return &observation{call: extZip, save: whose, start: start, end: end, outcome: got}
+		return &observation{call: extZip, save: fmt.Sprint(whose), start: start, end: end, outcome: got}
 	}
 	for _, test := range []struct {
 		name   string

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/md5"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -120,16 +119,12 @@ type storm struct {
 	history  map[string]history
 	unlanded []*observation // of which requests may still be on their way
 	saves    int
-	sums     map[string]int // whose an object is, by its MD5
-	lives    map[string]life
+	witness  *witness
 	broken   []string
 	group    sync.WaitGroup
 	machines map[string]*stormMachine
 	failures map[string]int // in a row, of requests that are alike
 }
-
-// A life is what is known of a complete version that is in the bucket: generations.
-type life struct{ mod, info, zip int64 }
 
 func newStorm(t *testing.T, seed uint64) *storm {
 	rng := rand.New(rand.NewPCG(seed, 1))
@@ -139,8 +134,7 @@ func newStorm(t *testing.T, seed uint64) *storm {
 		slowness:  []time.Duration{0, 50 * time.Millisecond, time.Second}[rng.IntN(3)],
 		threshold: [][]time.Duration{{20 * time.Second}, {4 * time.Second, 30 * time.Second}, {time.Second, 10 * time.Second, time.Minute}}[rng.IntN(3)],
 		history:   map[string]history{},
-		sums:      map[string]int{},
-		lives:     map[string]life{},
+		witness:   newWitness(),
 		machines:  map[string]*stormMachine{},
 		failures:  map[string]int{},
 	}
@@ -211,14 +205,12 @@ func (w *storm) leaveBehind() {
 	if w.rng.IntN(2) == 0 {
 		return
 	}
-	_, c := w.newContent(w.versions[0], w.rng)
+	c := contentOf("old", 50)
+	w.witness.knows("old", c)
 	for _, ext := range allExts {
-		metadata := map[string]string{keySaveID: "old"}
-		if ext == extMod {
-			metadata = []map[string]string{nil, marked(time.Now(), "old"), marked(givenUp, "old"), marked(givenUp, "older"), {keyInProgressOld: "true"}}[w.rng.IntN(5)]
-		}
 		if w.rng.IntN(4) > 0 {
-			w.f.PutAt(ModuleVersion{stormModule, w.versions[0]}.object(ext), c.file(ext), metadata, time.Now().Add(-time.Minute))
+			mark := []map[string]string{nil, marked(time.Now(), "old"), marked(givenUp, "old"), marked(givenUp, "older"), {keyInProgressOld: "true"}}[w.rng.IntN(5)]
+			w.f.putAs(c, ModuleVersion{stormModule, w.versions[0]}, time.Now().Add(-time.Minute), mark, map[string]string{keySaveID: "old"}, ext)
 		}
 	}
 	w.inspect()
@@ -389,8 +381,8 @@ func (w *storm) report(broken ...string) {
 var errStormReader = errors.New("the zip's reader failed")
 
 func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *observation {
-	n, c := m.newContent(vers, rng)
-	o := &observation{who: m.Name, call: "Save", version: vers, save: n, how: fmt.Sprintf("%d bytes", len(c.zip))}
+	who, c := m.newContent(rng)
+	o := &observation{who: m.Name, call: "Save", version: vers, save: who, how: fmt.Sprintf("%d bytes", len(c.zip))}
 	var zip io.Reader = bytes.NewReader(c.zip)
 	lasts, breaks := true, false // whether it can be read twice, and not even once
 	if rng.IntN(2) == 0 {
@@ -409,8 +401,8 @@ func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *o
 		zip, breaks, lasts = io.MultiReader(half, sleepReader(pause), iotest.ErrReader(errStormReader)), true, half.Len() <= stormChunk
 		o.how += ", broken"
 	}
-	sum := md5.Sum(c.zip)
 	m.begin(o)
+	sum := md5.Sum(c.zip)
 	err := m.s.Save(ctx, stormModule, vers, c.mod, zip, sum[:], c.info)
 	m.end(o, &observation{outcome: stored}, err)
 	// Who was taken over, and cannot send the zip again, may have to give up.
@@ -420,24 +412,19 @@ func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *o
 	return o
 }
 
-// newContent makes three files that say whose they are in every line.
-func (w *storm) newContent(vers string, rng *rand.Rand) (int, content) {
+// newContent makes what a save stores.
+func (w *storm) newContent(rng *rand.Rand) (who string, c content) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.saves++
-	line := fmt.Sprintf("save %d\n", w.saves)
-	size := rng.IntN(2000)
+	size := 20 + rng.IntN(2000) // shorter ones tell nobody whose they are
 	if rng.IntN(12) == 0 {
 		size = stormChunk + rng.IntN(2*stormChunk)
 	}
-	file := func(what string, size int) []byte {
-		return []byte(line + vers + what + strings.Repeat(line, size/len(line)))
-	}
-	c := content{file(extMod, rng.IntN(300)), file(extZip, size), file(extInfo, rng.IntN(100))}
-	for _, b := range [][]byte{c.mod, c.zip, c.info} {
-		w.sums[md5Of(b)] = w.saves
-	}
-	return w.saves, c
+	who = fmt.Sprint("save ", w.saves)
+	c = contentOf(who, size)
+	w.witness.knows(who, c)
+	return who, c
 }
 
 func (m *stormMachine) list(ctx context.Context) {
@@ -459,20 +446,14 @@ func (m *stormMachine) read(ctx context.Context, op, vers string) *observation {
 		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		o.outcome, o.save = got, m.sums[md5Of([]byte(data))]
-		if o.save == 0 {
+		o.outcome, o.save = got, m.witness.whose[md5Of([]byte(data))]
+		if o.save == "" {
 			m.report(fmt.Sprintf("%s: %s of %s is what nobody wrote: %.40q", m.Name, op, vers, data))
 		}
 		return nil
 	})
 	m.mustNotFail(ctx, o)
 	return o
-}
-
-// md5Of returns a checksum as GCS writes it.
-func md5Of(data []byte) string {
-	sum := md5.Sum(data)
-	return base64.StdEncoding.EncodeToString(sum[:])
 }
 
 // chance returns numbers that depend on the seed, the time and what they are for.
@@ -549,30 +530,8 @@ func (w *storm) inspect() {
 	defer w.mu.Unlock()
 	objects := w.f.Objects()
 	for _, vers := range w.versions {
-		v := ModuleVersion{stormModule, vers}
-		info, mod, zip := objects[v.object(extInfo)], objects[v.object(extMod)], objects[v.object(extZip)]
-		if mod == nil {
-			delete(w.lives, vers)
-			continue
-		}
-		_, marked := readMarker(&storage.ObjectAttrs{Metadata: mod.Metadata})
-		was, lives := w.lives[vers]
-		lives = lives && was.mod == mod.Generation
-		if marked || info == nil || zip == nil {
-			if lives {
-				w.report(fmt.Sprintf("%s: a complete version is not any more", vers))
-			}
-			delete(w.lives, vers)
-			continue
-		}
-		now := life{mod.Generation, info.Generation, zip.Generation}
-		if lives && now != was {
-			w.report(fmt.Sprintf("%s: an object of a complete version was replaced: %v, %v", vers, was, now))
-		}
-		w.lives[vers] = now
-		if whose := w.sums[mod.MD5]; whose != w.sums[info.MD5] || whose != w.sums[zip.MD5] {
-			w.report(fmt.Sprintf("%s: a version without marker is of saves %d (mod), %d (info) and %d (zip)", vers, whose, w.sums[info.MD5], w.sums[zip.MD5]))
-		}
+		_, broken := w.witness.look(objects, ModuleVersion{stormModule, vers})
+		w.report(broken...)
 	}
 }
 
