@@ -26,6 +26,7 @@ import (
 	"github.com/googleapis/gax-go/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/oauth2"
+	"google.golang.org/api/googleapi"
 	"google.golang.org/api/option"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -491,6 +492,15 @@ func TestRetriesAreTold(t *testing.T) {
 // The last try of a request is cut when the time is up. Then the try before tells why the
 // request failed.
 func TestCutTry(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
+		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
+			return map[int]fakegcs.Fault{0: fakegcs.Unavailable, 1: fakegcs.Hung}[r.N]
+		})
+		_, err := s.Info(within(t, requestTimeout), testModule, testVersion)
+		requireKind(t, err, KindGatewayTimeout)
+		var answer *googleapi.Error
+		require.ErrorAs(t, err, &answer)
+	})
 	for trip := time.Second; trip < requestTimeout; trip += 500 * time.Millisecond {
 		bubble(t, trip, func(t *testing.T, f *fakeGCS) {
 			f.fault(fakegcs.TooMany, on("", "get", ""))

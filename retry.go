@@ -49,6 +49,8 @@ func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, req
 		}
 		reason := retryReason(err)
 		switch {
+		case ctx.Err() != nil && t.last != nil:
+			return fmt.Errorf("%w: %w", err, t.last)
 		case ctx.Err() != nil:
 			return err
 		case hung || hasCode(err, 0, codes.DeadlineExceeded):
