@@ -8,7 +8,6 @@ import (
 	"math"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -110,9 +109,10 @@ func (w watcher) renewalsFailed() float64 { return w.measure("gcs.renewals.faile
 func TestSpans(t *testing.T) {
 	broken := errors.New("broken")
 	type call = func(ctx context.Context, s *Storage) error
-	the := func(op string) call {
-		return func(ctx context.Context, s *Storage) error { return everyCall(s)[op](ctx) }
+	of := func(v ModuleVersion, op string) call {
+		return func(ctx context.Context, s *Storage) error { return callsOn(s, v)[op](ctx) }
 	}
+	the := func(op string) call { return of(testVersionName, op) }
 	saveOf := func(zip io.Reader) call {
 		return func(ctx context.Context, s *Storage) error {
 			return s.Save(ctx, testModule, testVersion, nil, zip, nil, nil)
@@ -126,7 +126,7 @@ func TestSpans(t *testing.T) {
 	}
 	stored := func(f *fakeGCS) { storeVersion(f, testModule, testVersion) }
 	unlisted := func(f *fakeGCS) { f.Deny("storage.objects.list") }
-	module, master := ModuleVersion{testModule, ""}, ModuleVersion{testModule, "master"}
+	module, master, nothing := ModuleVersion{testModule, ""}, ModuleVersion{testModule, "master"}, ModuleVersion{"a//b", ""}
 	for _, test := range []struct {
 		name    string
 		prepare func(f *fakeGCS)
@@ -151,9 +151,7 @@ func TestSpans(t *testing.T) {
 		{"zip", stored, the("Zip"), "gcs.Zip", testVersionName, "ok", nil},
 		{"no zip", nil, the("Zip"), "gcs.Zip", testVersionName, "not found", nil},
 		{"list", nil, the("List"), "gcs.List", module, "ok", nil},
-		{"list nothing", nil, func(ctx context.Context, s *Storage) error {
-			return callsOn(s, ModuleVersion{Module: "a//b"})["List"](ctx)
-		}, "gcs.List", ModuleVersion{"a//b", ""}, "failed", errors.New("empty element")},
+		{"list nothing", nil, of(nothing, "List"), "gcs.List", nothing, "failed", errors.New("empty element")},
 		{"catalog", nil, the("Catalog"), "gcs.Catalog", ModuleVersion{}, "ok", nil},
 		{"delete", stored, the("Delete"), "gcs.Delete", testVersionName, "ok", nil},
 		{"delete nothing", nil, the("Delete"), "gcs.Delete", testVersionName, "not found", nil},
@@ -265,11 +263,10 @@ func TestWaits(t *testing.T) {
 		w := watch(t)
 		a := contentOf("a", 100)
 		s := f.storage("a")
-		var group sync.WaitGroup
-		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), s, 20*time.Second)) })
+		wait := alongside(func() { require.NoError(t, a.saveSlowly(t.Context(), s, 20*time.Second)) })
 		time.Sleep(time.Second)
 		requireKind(t, a.save(t.Context(), f.storage("b")), KindAlreadyExists)
-		group.Wait()
+		wait()
 		once, calls := w.waits()
 		require.InDelta(t, 19, once, 2)
 		require.EqualValues(t, 1, calls)
@@ -302,37 +299,31 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 		{"stash behind a save", "save", extMod, stash, DefaultStaleThreshold},
 		{"stash behind a fetch", "fetch", extClaim, stash, claimStale},
 	} {
-		for _, left := range []struct {
-			name         string
-			waits, warns bool
-			renewed      func(now time.Time) time.Time
-		}{
-			{"fresh", true, true, func(now time.Time) time.Time { return now }},
-			{"nearly stale", false, true, func(now time.Time) time.Time { return now.Add(4*time.Second - test.threshold) }},
-			{"stale", false, true, func(now time.Time) time.Time { return now.Add(-time.Hour) }},
-			{"given up", false, false, func(time.Time) time.Time { return givenUp }},
-		} {
-			run(t, test.name+" "+left.name, inCrowd, func(t *testing.T, f *fakeGCS) {
+		ages := map[string]time.Duration{"fresh": 0, "nearly stale": test.threshold - 4*time.Second, "stale": time.Hour}
+		for _, left := range []string{"fresh", "nearly stale", "stale", "given up"} {
+			run(t, test.name+" "+left, inCrowd, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
-				start := time.Now()
-				f.Put(objectName(test.ext), nil, marked(left.renewed(start), "dead"))
+				start, renewed := time.Now(), givenUp
+				if age, ok := ages[left]; ok {
+					renewed = start.Add(-age)
+				}
+				f.Put(objectName(test.ext), nil, marked(renewed, "dead"))
 				time.Sleep(time.Second)
 				log := &syncedLog{}
 				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
 				waiting := slices.DeleteFunc(log.lines(slog.LevelInfo), func(line string) bool { return !strings.Contains(line, "waiting") })
 				about := " module=" + testModule + " version=" + testVersion
-				if left.waits {
+				if left == "fresh" {
 					require.Len(t, waiting, 1)
-					stamp := func(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05") }
 					require.Contains(t, waiting[0], `msg="waiting for another `+test.what+`"`+about)
-					require.Contains(t, waiting[0], " since="+stamp(start.Add(time.Second)))
-					require.Contains(t, waiting[0], " renewed="+stamp(start))
-					require.Contains(t, waiting[0], " until="+stamp(start.Add(test.threshold)))
+					for what, at := range map[string]time.Duration{"since": time.Second, "renewed": 0, "until": test.threshold} {
+						require.Contains(t, waiting[0], start.Add(at).UTC().Format(" "+what+"=2006-01-02T15:04:05"))
+					}
 				} else {
 					require.Empty(t, waiting)
 				}
 				warnings := log.lines(slog.LevelWarn)
-				if !left.warns {
+				if left == "given up" {
 					require.Empty(t, warnings)
 					require.Zero(t, w.takeovers())
 					return
@@ -374,13 +365,12 @@ func TestFencedIsLogged(t *testing.T) {
 		w := watch(t)
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		log := &syncedLog{}
-		var group sync.WaitGroup
-		group.Go(func() {
+		wait := alongside(func() {
 			requireKind(t, a.saveSlowly(t.Context(), f.storage("a", log.option()), time.Minute), KindAlreadyExists)
 		})
 		time.Sleep(time.Second)
 		require.NoError(t, b.save(t.Context(), ahead(f, "b")))
-		group.Wait()
+		wait()
 		requireStored(t, f, b)
 		require.Len(t, log.lines(slog.LevelWarn), 1)
 		require.Contains(t, log.String(), "fenced")
@@ -439,11 +429,10 @@ func TestNothingIsLogged(t *testing.T) {
 		option := WithLogger(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		a := contentOf("a", 100)
 		s := f.storage("a", option)
-		var group sync.WaitGroup
-		group.Go(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("slow", option), 4*time.Second)) })
+		wait := alongside(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("slow", option), 4*time.Second)) })
 		time.Sleep(time.Second)
 		requireKind(t, a.save(t.Context(), s), KindAlreadyExists) // after less than tellAfter
-		group.Wait()
+		wait()
 		for _, kind := range []int{0, KindNotFound} {
 			require.NoError(t, everyCall(s)["Exists"](t.Context()))
 			require.NoError(t, everyCall(s)["List"](t.Context()))
