@@ -21,7 +21,6 @@ type backend interface {
 	Zip(ctx context.Context, module, version string) (SizeReadCloser, error)
 	List(ctx context.Context, module string) ([]string, error)
 	Delete(ctx context.Context, module, version string) error
-	Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error)
 }
 
 // baseline is a straightforward backend on the same client, with the client's
@@ -131,27 +130,4 @@ func (b baseline) Delete(ctx context.Context, module, vers string) error {
 		errs = append(errs, b.bucket.Object(v.object(ext)).Delete(ctx))
 	}
 	return errors.Join(errs...)
-}
-
-// Catalog's token is the client's own. A page is pageSize versions, if the
-// objects of none of them are on two pages of the listing.
-func (b baseline) Catalog(ctx context.Context, token string, pageSize int) ([]ModuleVersion, string, error) {
-	var page []ModuleVersion
-	for len(page) < pageSize {
-		var objects []*storage.ObjectAttrs
-		pager := iterator.NewPager(b.bucket.Objects(ctx, nil), 3*min(pageSize-len(page), maxPage/3), token)
-		next, err := pager.NextPage(&objects)
-		if err != nil {
-			return nil, "", err
-		}
-		for _, attrs := range objects {
-			if v, ext, ok := parseObject(attrs.Name); ok && ext == extInfo {
-				page = append(page, v)
-			}
-		}
-		if token = next; token == "" {
-			break
-		}
-	}
-	return page, token, nil
 }

@@ -84,10 +84,6 @@ func BenchmarkCall(b *testing.B) {
 			list, err := s.List(ctx, testModule)
 			return unless(len(list) == 1000, err)
 		}},
-		{"Catalog1000", 1000, false, nil, func(s backend, _ string) error {
-			page, _, err := s.Catalog(ctx, "", 1000)
-			return unless(len(page) == 1000, err)
-		}},
 		{"Delete", 0, true, save, func(s backend, vers string) error { return s.Delete(ctx, testModule, vers) }},
 	} {
 		for _, of := range backends {
@@ -115,48 +111,10 @@ func BenchmarkCall(b *testing.B) {
 					}
 					fatal(b, c.do(s, vers))
 				}
-				counted.report(b, 1)
+				counted.report(b)
 			})
 		}
 	}
-}
-
-// BenchmarkSaveWaits is a save that waits for another, whose zip takes 30 s to
-// read. late-ms is how long after the other's return it returns, reqs/s how many
-// requests a second it makes.
-func BenchmarkSaveWaits(b *testing.B) {
-	small := contentOf("a", smallZip)
-	var sum traffic
-	var late, waited time.Duration
-	b.ReportAllocs()
-	n := 0
-	for b.Loop() {
-		n++
-		sum.add(inVirtualTime(b, func(t *testing.T, f *fakeGCS) (counted traffic) {
-			var done time.Time
-			var group sync.WaitGroup
-			group.Go(func() {
-				fatal(t, small.saveSlowly(t.Context(), f.storage("a"), 30*time.Second))
-				done = time.Now()
-			})
-			time.Sleep(time.Duration(rand.N(1000)) * time.Millisecond)
-			start := time.Now()
-			err := small.save(t.Context(), f.storage("b"))
-			fatal(t, unless(Is(err, KindAlreadyExists), err))
-			end := time.Now()
-			group.Wait()
-			late += end.Sub(done)
-			waited += end.Sub(start)
-			log := slices.DeleteFunc(f.Log(), func(r fakegcs.Request) bool { return r.Machine != "b" })
-			return count(log, end.Sub(start))
-		}))
-	}
-	sum.report(b, float64(n))
-	b.ReportMetric(float64(late.Milliseconds())/float64(n), "late-ms")
-	b.ReportMetric(sum.requests/waited.Seconds(), "reqs/s")
-	b.ReportMetric(0, "ns/op") // of the simulation
-	b.ReportMetric(0, "B/op")
-	b.ReportMetric(0, "allocs/op")
 }
 
 // BenchmarkSaveHundred is a hundred saves of small versions at once.
@@ -182,57 +140,21 @@ func BenchmarkSaveHundred(b *testing.B) {
 	}
 }
 
-// BenchmarkCatalogLarge reads the catalog of a bucket of 33,333 objects, in pages of
-// 1,000 versions.
-func BenchmarkCatalogLarge(b *testing.B) {
-	const versions = 11_111
-	for _, of := range backends {
-		b.Run(of.name, func(b *testing.B) {
-			s := of.on(startServer(b, "lean", versions))
-			catalog := func() {
-				n := 0
-				for token := ""; ; {
-					page, next, err := s.Catalog(b.Context(), token, 1000)
-					fatal(b, err)
-					n += len(page)
-					if token = next; token == "" {
-						break
-					}
-				}
-				fatal(b, unless(n == versions, fmt.Errorf("%d versions", n)))
-			}
-			peak := peakHeap(catalog)
-			b.ReportAllocs()
-			for b.Loop() {
-				catalog()
-			}
-			b.ReportMetric(peak, "peak-MiB")
-		})
-	}
-}
-
 // BenchmarkListing is List, Catalog and Scan of 1,000 versions in each of the states
-// of storeIn. x-bare is the time over that of a listing by the client alone.
+// of storeIn, beside a listing by the client alone.
 func BenchmarkListing(b *testing.B) {
 	const n = 1000
 	for _, call := range []string{"List", "Catalog", "Scan"} {
 		for _, state := range []string{"whole", "copied", "partial", "abandoned", "tenth partial"} {
 			b.Run(call+"/"+state, func(b *testing.B) {
-				counted := inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
-					storeIn(f, state, n)
-					do := everyCall(f.storage("a"))[call]
-					return measure(f, func() { fatal(t, do(t.Context())) })
-				})
-				bucket := startServer(b, state, n)
-				do := everyCall(NewStorage(bucket))[call]
-				ratio := pairs(b, 0, func() { fatal(b, do(b.Context())) }, func() {
+				beside(b, state, n, 0, func(f *fakeGCS) { storeIn(f, state, n) }, func(ctx context.Context, bucket *storage.BucketHandle) error {
+					return everyCall(NewStorage(bucket))[call](ctx)
+				}, func(ctx context.Context, bucket *storage.BucketHandle) error {
 					q := &storage.Query{Projection: storage.ProjectionNoACL}
 					q.SetAttrSelection([]string{"Name", "Size", "Generation", "Metageneration", "Metadata", "Created", "Updated"})
-					_, err := iterator.NewPager(bucket.Objects(b.Context(), q), 4*n, "").NextPage(new([]*storage.ObjectAttrs))
-					fatal(b, err)
+					_, err := iterator.NewPager(bucket.Objects(ctx, q), 4*n, "").NextPage(new([]*storage.ObjectAttrs))
+					return err
 				})
-				counted.report(b, 1)
-				b.ReportMetric(ratio, "x-bare")
 			})
 		}
 	}
@@ -280,52 +202,52 @@ func BenchmarkScanLarge(b *testing.B) {
 	}
 }
 
-// BenchmarkZipLarge is the stream of a 50 MB zip, like BenchmarkSaveLarge is its save.
-func BenchmarkZipLarge(b *testing.B) {
+// BenchmarkLarge is a save of a 50 MB zip beside a bare upload of the same bytes, and the
+// stream of one beside that of the baseline. The line is far faster than any to GCS, so that
+// the client's own share of the time shows.
+func BenchmarkLarge(b *testing.B) {
+	read := func(ctx context.Context, s backend) error {
+		n, err := readZip(ctx, s, testVersion)
+		return unless(n == largeZip, err)
+	}
 	for _, of := range backends {
-		b.Run(of.name, func(b *testing.B) {
-			bucket := startServer(b, "lean", 0)
-			s := of.on(bucket)
-			reads := func(s backend) func() {
-				return func() {
-					n, err := readZip(b.Context(), s, testVersion)
-					fatal(b, unless(n == largeZip, err))
-				}
-			}
-			read, bare := reads(s), reads(baseline{bucket})
-			read()
-			bare()
-			peak := peakHeap(read)
-			b.ReportMetric(pairs(b, largeZip, read, bare), "x-bare")
-			b.ReportMetric(peak, "peak-MiB")
+		b.Run("Zip/"+of.name, func(b *testing.B) {
+			beside(b, "lean", 0, largeZip, func(f *fakeGCS) {
+				f.putAs(contentOf("a", largeZip), testVersionName, time.Now(), nil, nil, allExts...)
+			}, func(ctx context.Context, bucket *storage.BucketHandle) error {
+				return read(ctx, of.on(bucket))
+			}, func(ctx context.Context, bucket *storage.BucketHandle) error {
+				return read(ctx, baseline{bucket})
+			})
 		})
+		for name, sum := range map[string][]byte{"Save/": nil, "Save with MD5/": largeMD5()} {
+			b.Run(name+of.name, func(b *testing.B) {
+				beside(b, "lean", 0, largeZip, func(*fakeGCS) {}, func(ctx context.Context, bucket *storage.BucketHandle) error {
+					return of.on(bucket).Save(ctx, testModule, testVersion, []byte("module a"), newPattern(largeZip), sum, []byte("{}"))
+				}, func(ctx context.Context, bucket *storage.BucketHandle) error {
+					return upload(ctx, bucket.Object("bare"), newPattern(largeZip))
+				})
+			})
+		}
 	}
 }
 
-// BenchmarkSaveLarge is a save of a 50 MB zip. x-bare is its time over that of a
-// bare upload of the same bytes, as the median of pairs that ran in turn, and
-// peak-MiB is by how much the heap in use grows meanwhile. The line is far faster
-// than any to GCS, so that the client's own share of the time shows.
-func BenchmarkSaveLarge(b *testing.B) {
-	b.Run("gcs", func(b *testing.B) { benchmarkLarge(b, backends[0].on, nil) })
-	b.Run("gcs-md5", func(b *testing.B) { benchmarkLarge(b, backends[0].on, largeMD5()) })
-	b.Run("baseline", func(b *testing.B) { benchmarkLarge(b, backends[1].on, nil) })
-}
-
-func benchmarkLarge(b *testing.B, on func(*storage.BucketHandle) backend, sum []byte) {
-	mod, info := []byte("module a"), []byte("{}")
-	bucket := startServer(b, "lean", 0)
-	s := on(bucket)
-	save := func() { fatal(b, s.Save(b.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info)) }
-	bare := func() { fatal(b, upload(b.Context(), bucket.Object("bare"), newPattern(largeZip))) }
-	save() // connects
-	bare()
-	peak := peakHeap(save)
-	ratio := pairs(b, largeZip, save, bare)
+// beside benchmarks do, of that many bytes, on a server of that kind. x-bare is its time over
+// that of bare, as the median of pairs that ran in turn, and peak-MiB is by how much the heap
+// in use grows meanwhile. Its traffic is counted on a bucket that fill has filled.
+func beside(b *testing.B, kind string, versions int, size int64, fill func(*fakeGCS), do, bare func(context.Context, *storage.BucketHandle) error) {
+	bucket := startServer(b, kind, versions)
+	run := func() { fatal(b, do(b.Context(), bucket)) }
+	runBare := func() { fatal(b, bare(b.Context(), bucket)) }
+	run() // connects
+	runBare()
+	peak := peakHeap(run)
+	ratio := pairs(b, size, run, runBare)
 	inVirtualTime(b, func(t *testing.T, f *fakeGCS) traffic {
-		s := on(f.Machine("a").Bucket)
-		return measure(f, func() { fatal(t, s.Save(t.Context(), testModule, testVersion, mod, newPattern(largeZip), sum, info)) })
-	}).report(b, 1)
+		fill(f)
+		bucket := f.Machine("a").Bucket
+		return measure(f, func() { fatal(t, do(t.Context(), bucket)) })
+	}).report(b)
 	b.ReportMetric(ratio, "x-bare")
 	b.ReportMetric(peak, "peak-MiB")
 }
@@ -336,8 +258,13 @@ type traffic struct {
 	took                            time.Duration
 }
 
-func count(log []fakegcs.Request, took time.Duration) traffic {
-	c := traffic{requests: float64(len(log)), trips: float64(fakegcs.SerialTrips(log)), took: took}
+// measure counts what do costs.
+func measure(f *fakeGCS, do func()) traffic {
+	f.ResetLog()
+	start := time.Now()
+	do()
+	log := f.Log()
+	c := traffic{requests: float64(len(log)), trips: float64(fakegcs.SerialTrips(log)), took: time.Since(start)}
 	for _, r := range log {
 		c.sent += float64(r.Sent)
 		c.received += float64(r.Received)
@@ -345,29 +272,12 @@ func count(log []fakegcs.Request, took time.Duration) traffic {
 	return c
 }
 
-// measure counts what do costs.
-func measure(f *fakeGCS, do func()) traffic {
-	f.ResetLog()
-	start := time.Now()
-	do()
-	return count(f.Log(), time.Since(start))
-}
-
-func (c *traffic) add(d traffic) {
-	c.requests += d.requests
-	c.trips += d.trips
-	c.sent += d.sent
-	c.received += d.received
-	c.took += d.took
-}
-
-// report reports the mean of n calls.
-func (c traffic) report(b *testing.B, n float64) {
-	b.ReportMetric(c.requests/n, "requests/op")
-	b.ReportMetric(c.trips/n, "serial-trips/op")
-	b.ReportMetric(c.sent/n, "sent-B/op")
-	b.ReportMetric(c.received/n, "received-B/op")
-	b.ReportMetric(float64(c.took)/n/float64(time.Millisecond), "virtual-ms/op")
+func (c traffic) report(b *testing.B) {
+	b.ReportMetric(c.requests, "requests/op")
+	b.ReportMetric(c.trips, "serial-trips/op")
+	b.ReportMetric(c.sent, "sent-B/op")
+	b.ReportMetric(c.received, "received-B/op")
+	b.ReportMetric(float64(c.took)/float64(time.Millisecond), "virtual-ms/op")
 }
 
 // storeVersions puts n versions into the bucket, the first with a zip of 100 KiB.
