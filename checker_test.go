@@ -5,7 +5,6 @@ import (
 	"maps"
 	"math"
 	"net/http"
-	"slices"
 	"testing"
 	"time"
 
@@ -310,63 +309,40 @@ func takeOver(f *fakeGCS, vers string) {
 	f.put(ModuleVersion{testModule, vers}, marked(time.Now(), "b"), map[string]string{keySaveID: "b", keyGeneration: ownMod}, extMod, extZip)
 }
 
-func FuzzMarker(f *testing.F) {
+func FuzzState(f *testing.F) {
 	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
-	for _, m := range markerCases(now, DefaultStaleThreshold) {
-		if value, ok := m.metadata[keyInProgress]; ok {
-			f.Add(value, int64(m.updated), int64(DefaultStaleThreshold))
+	for subset := range uint8(8) {
+		for _, m := range markerCases(now, DefaultStaleThreshold) {
+			value, marked := m.metadata[keyInProgress]
+			f.Add(subset, marked, value, int64(m.updated), int64(DefaultStaleThreshold), "a", "a", "a")
 		}
 	}
-	f.Add("9999-12-31T23:59:59.999999999Z", int64(0), int64(1))
-	f.Add("0000-01-01T00:00:00+23:59", int64(ago), int64(1)<<62)
-	f.Fuzz(func(t *testing.T, value string, updated, threshold int64) {
+	f.Add(uint8(7), true, "", int64(ago), int64(DefaultStaleThreshold), "a", "", "b")
+	f.Add(uint8(7), true, "", int64(ago), int64(DefaultStaleThreshold), "a", "a", "b")
+	f.Add(uint8(2), true, "9999-12-31T23:59:59.999999999Z", int64(0), int64(1), "", "", "")
+	f.Add(uint8(2), true, "0000-01-01T00:00:00+23:59", int64(ago), int64(1)<<62, "", "", "")
+	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated, threshold int64, infoID, modID, zipID string) {
 		if threshold <= 0 {
 			t.Skip("SetStaleThreshold lets none of these in")
 		}
-		within := func(d time.Duration) bool { return d.Abs() < time.Duration(threshold) }
-		attrs := &storage.ObjectAttrs{Metadata: map[string]string{keyInProgress: value}, Created: now.Add(2 * ago), Updated: now.Add(time.Duration(updated))}
-		m, ok := readMarker(attrs)
-		if ok != (value != "") {
-			t.Fatalf("marker is %v", ok)
-		}
-		if !ok {
-			return
-		}
-		written, err := time.Parse(time.RFC3339Nano, value)
-		want := within(attrs.Updated.Sub(now))
-		if err == nil && written.Sub(now) <= time.Duration(threshold) {
-			want = within(written.Sub(now))
-		}
-		if err == nil && !written.After(givenUp) || err != nil && !attrs.Updated.After(givenUp) {
-			want = false
-		}
-		if got := m.isFresh(now, time.Duration(threshold)); got != want {
-			t.Errorf("fresh is %v, not %v", got, want)
-		}
-	})
-}
-
-func FuzzState(f *testing.F) {
-	now := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
-	for subset := range 8 {
-		for _, m := range markerCases(now, DefaultStaleThreshold) {
-			value, marked := m.metadata[keyInProgress]
-			f.Add(uint8(subset), marked, value, int64(m.updated), "a", "a", "a")
-		}
-	}
-	f.Add(uint8(7), true, "", int64(ago), "a", "", "b")
-	f.Add(uint8(7), true, "", int64(ago), "a", "a", "b")
-	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated int64, infoID, modID, zipID string) {
-		seen := snapshotOf(subset&7, now.Add(time.Duration(updated)), infoID, modID, zipID)
+		byGCS := now.Add(time.Duration(updated))
+		seen := snapshotOf(subset&7, byGCS, infoID, modID, zipID)
 		if isMarked && seen.mod != nil {
-			seen.mod.Metadata[keyInProgress] = value
+			seen.mod.Metadata[keyInProgress], seen.mod.Created = value, now.Add(2*ago)
 		}
-		got := seen.classify(now, DefaultStaleThreshold)
+		renewed, err := time.Parse(time.RFC3339Nano, value)
+		if err != nil {
+			renewed = byGCS
+		}
+		gaveUp := !renewed.After(givenUp)
+		if renewed.Sub(now) > time.Duration(threshold) {
+			renewed = byGCS
+		}
+		fresh := !gaveUp && renewed.Sub(now).Abs() < time.Duration(threshold)
 		one := modID == "" || infoID == modID && zipID == modID
-		isMarked = isMarked && value != ""
-		allowed := []State{meaning(subset&7, isMarked, true, one), meaning(subset&7, isMarked, false, one)}
-		if !slices.Contains(allowed, got) {
-			t.Errorf("%v, not one of %v", got, allowed)
+		want := meaning(subset&7, isMarked && value != "", fresh, one)
+		if got := seen.classify(now, time.Duration(threshold)); got != want {
+			t.Errorf("%v, not %v", got, want)
 		}
 	})
 }

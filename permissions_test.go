@@ -16,17 +16,6 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// useStorage does some of everything.
-func useStorage(t *testing.T, s *Storage, zipSize int) {
-	t.Helper()
-	c := contentOf("a", zipSize)
-	require.NoError(t, c.save(t.Context(), s))
-	requireExists(t, s, testVersion, true)
-	returns(t, string(c.zip))(readers["Zip"](t.Context(), s, testModule, testVersion))
-	requireList(t, s, testModule, testVersion)
-	require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
-}
-
 func TestCheckPermissions(t *testing.T) {
 	forEach(t, inCrowd, [][]string{
 		{"storage.objects.create"}, {"storage.objects.delete"}, {"storage.objects.get"}, {"storage.objects.list"}, {"storage.objects.update"},
@@ -65,11 +54,9 @@ func TestCheckWithoutPermissionCall(t *testing.T) {
 	forEach(t, inCrowd, []int{http.StatusNotFound, http.StatusNotImplemented}, func(t *testing.T, f *fakeGCS, status int) {
 		f.AnswerPermissions(status)
 		start := time.Now()
-		s := f.storage("a")
-		require.NoError(t, s.Check(t.Context()))
+		require.NoError(t, f.storage("a").Check(t.Context()))
 		require.Len(t, f.Log(), 2)
 		require.Less(t, time.Since(start), time.Second)
-		useStorage(t, s, 100)
 	})
 }
 
@@ -138,7 +125,15 @@ func TestCheckEndpoint(t *testing.T) {
 			s := NewStorage(client.Bucket(fakegcs.Bucket))
 			require.NoError(t, s.Check(t.Context()))
 			require.Equal(t, []string{"permissions"}, logged(f))
-			useStorage(t, s, 2<<20)
+
+			c := contentOf("a", 2<<20)
+			require.NoError(t, c.save(t.Context(), s))
+			requireExists(t, s, testVersion, true)
+			got, err := readers["Zip"](t.Context(), s, testModule, testVersion)
+			require.NoError(t, err)
+			require.True(t, got == string(c.zip))
+			requireList(t, s, testModule, testVersion)
+			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		})
 	}
 }

@@ -84,10 +84,10 @@ func TestRepairDuringSave(t *testing.T) {
 	}
 }
 
-func TestRepair(t *testing.T) {
-	// A save that looks dead to Repair, whose clock is ahead, commits just before its
-	// .mod is removed. It is then of the same generation, and stays.
-	run(t, "of a living save", inCrowd, func(t *testing.T, f *fakeGCS) {
+// A save that looks dead to Repair, whose clock is ahead, commits just before its
+// .mod is removed. It is then of the same generation, and stays.
+func TestRepairOfLivingSave(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		a, refused := contentOf("a", 100), false
 		wait := alongside(func() { require.NoError(t, a.saveSlowly(t.Context(), f.storage("a"), 3*time.Second)) })
 		f.atFirst(on("r", "delete", ""), func() { wait(); refused = true })
@@ -96,36 +96,24 @@ func TestRepair(t *testing.T) {
 		require.True(t, refused)
 		requireStored(t, f, a)
 	})
-
-	run(t, "bad request", withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-		_, err := s.Repair(t.Context(), testModule, "")
-		requireError(t, err, KindBadRequest, "gcs.Repair", testModule, "")
-		require.Empty(t, f.Log())
-	})
 }
 
 // Without a permission, Repair names it, and changes nothing.
 func TestRepairForbidden(t *testing.T) {
-	for denied, names := range map[string][]string{
-		"storage.objects.delete": {".info and .zip", ".mod", "abandoned without .zip", "complete and claimed", "claimed by a dead one"},
-		"storage.objects.update": {"unfinished"},
-		"storage.objects.list":   {"complete", ".mod"},
-		"storage.objects.get":    {".info"},
-	} {
-		for _, name := range names {
-			run(t, denied+" "+name, withStorage, func(t *testing.T, f *fakeGCS, s *Storage) {
-				c := stateCases[slices.IndexFunc(stateCases, func(c stateCase) bool { return c.name == name })]
-				c.put(f, testVersionName)
-				before := f.Objects()
-				f.Deny(denied)
-				state, err := s.Repair(t.Context(), testModule, testVersion)
-				requireKind(t, err, KindUnexpected)
-				require.ErrorContains(t, err, "the caller needs "+denied)
-				require.Equal(t, before, f.Objects())
-				if denied != "storage.objects.list" {
-					require.Equal(t, c.state, state)
-				}
-			})
+	forEach(t, inCrowd, []struct{ denied, found string }{
+		{"delete", ".info and .zip"}, {"delete", ".mod"}, {"delete", "abandoned without .zip"}, {"delete", "complete and claimed"},
+		{"delete", "claimed by a dead one"}, {"update", "unfinished"}, {"list", "complete"}, {"list", ".mod"}, {"get", ".info"},
+	}, func(t *testing.T, f *fakeGCS, test struct{ denied, found string }) {
+		c := stateCases[slices.IndexFunc(stateCases, func(c stateCase) bool { return c.name == test.found })]
+		c.put(f, testVersionName)
+		before := f.Objects()
+		f.Deny("storage.objects." + test.denied)
+		state, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorContains(t, err, "the caller needs storage.objects."+test.denied)
+		require.Equal(t, before, f.Objects())
+		if test.denied != "list" {
+			require.Equal(t, c.state, state)
 		}
-	}
+	})
 }
