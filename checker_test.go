@@ -40,8 +40,8 @@ func markerCases(now time.Time, threshold time.Duration) []markerCase {
 		{"just stale", at(-threshold), ago, true, false},
 		{"stale, updated now", at(-threshold), 0, true, false},
 		{"almost the threshold ahead", at(threshold - 1), ago, true, true},
-		{"the threshold ahead, updated now", at(threshold), 0, true, false}, // neither from the future nor fresh
-		{"just more ahead, updated now", at(threshold + 1), 0, true, true},  // by the clock of GCS
+		{"the threshold ahead, updated a second ago", at(threshold), -time.Second, true, false}, // neither from the future nor fresh
+		{"just more ahead, updated a second ago", at(threshold + 1), -time.Second, true, true},  // by the clock of GCS
 		{"an hour ahead, updated now", at(time.Hour), 0, true, true},
 		{"an hour ahead, updated long ago", at(time.Hour), ago, true, false},
 		{"an hour ahead, as is the server", at(time.Hour), -ago, true, false},
