@@ -3,6 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -148,6 +149,19 @@ func (z *rewound) Seek(offset int64, whence int) (int64, error) {
 		}
 	}
 	return z.ReadSeeker.Seek(offset, whence)
+}
+
+// A large zip that is refused, and cannot be read again, tells why.
+func TestCannotSeek(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		f.Put(objectName(extZip), nil, nil)
+		cause := errors.New("stale file handle")
+		a := contentOf("a", 2<<20)
+		err := a.saveFrom(t.Context(), f.storage("a", WithChunkSize(256<<10)), &rewound{bytes.NewReader(a.zip), func() error { return cause }})
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, errCannotReread)
+		require.ErrorIs(t, err, cause)
+	})
 }
 
 // The first pass over a zip arrives while the second is under way. It is whole, so
