@@ -1,7 +1,7 @@
 package gcs
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -16,11 +16,11 @@ import (
 	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
-// A cut is where a call is cut off: at one of its requests, which are told apart
+// A cut is a call, and where it is cut off: at one of its requests, which are told apart
 // by what they do and to what. Without a request it is not.
 type cut struct {
-	at   string
-	kind fakegcs.Fault
+	call, at string
+	kind     fakegcs.Fault
 }
 
 // A machine that crashes says nothing more. A caller that gives up leaves the
@@ -32,7 +32,7 @@ var cutKinds = map[fakegcs.Fault]string{
 	fakegcs.HungApplied: "give up after",
 }
 
-func (c cut) String() string { return cutKinds[c.kind] + " " + c.at }
+func (c cut) String() string { return c.call + " " + cutKinds[c.kind] + " " + c.at }
 
 var crashes = []fakegcs.Fault{fakegcs.CrashBefore, fakegcs.CrashAfter}
 
@@ -87,22 +87,20 @@ func faultAt(f *fakeGCS, machine, at string, fault fakegcs.Fault, slow []string,
 // crashThreshold is shorter than the default, which takes many polls to wait for.
 const crashThreshold = 10 * time.Second
 
-// A crashScene is what is found in the bucket, and the calls made of it, one
-// after another, each by a machine of its own and each cut off.
+// A crashScene is what is found in the bucket, and a call that is cut off there.
 type crashScene struct {
 	name  string
 	found func(f *fakeGCS)
-	calls []string
+	call  string
 	// slow are the requests that come second when two are made at once: those
 	// that do this, or to this object.
 	slow []string
-	over bool // a save over what is left of another,
-	twin bool // which another scene differs from only in the kind of the marker
 }
 
-// play runs the scene and checks what comes after it. It returns the names of
-// the last call's requests.
-func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
+// play makes calls one after another, each on a machine of its own and each cut off, and
+// checks what comes after them. It returns the names of the last call's requests, and what
+// that one left.
+func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string, left string) {
 	t.Helper()
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
 		defer func() {
@@ -111,35 +109,37 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 			}
 		}()
 		sc.found(f)
-		stored := map[string]content{"old": contentOf("old", 50)}
+		w := newWitness()
+		w.knows("old", contentOf("old", 50))
+		w.knows("older", contentOf("older", 50))
 		began := time.Now()
 		for i, c := range cuts {
-			who := string(rune('a' + i))
-			stored[who] = contentOf(who, 100+i)
-			before := f.Log()
-			sc.cutOff(t, f, sc.calls[i], who, stored[who], c)
-			names = cutAt(f.Log()[len(before):], who)
-			if i+1 < len(cuts) && c.crashes() {
+			if i > 0 && cuts[i-1].crashes() {
 				time.Sleep(crashThreshold) // who comes next need not wait for the marker
 			}
+			who, before := string(rune('a'+i)), f.Log()
+			content := contentOf(who, 100+i)
+			w.knows(who, content)
+			sc.cutOff(t, f, who, content, c)
+			names = cutAt(f.Log()[len(before):], who)
 			began = time.Now()
 		}
+		left = sc.leaves(f, w)
 		f.onRequest(nil)
-		last := cuts[len(cuts)-1]
 
 		// A version without its .mod does not exist, whatever else a delete left.
 		s := f.storage("s", WithStaleThreshold(crashThreshold))
 		if f.Get(objectName(extMod)) == nil {
 			requireExists(t, s, testVersion, false)
 		}
-		stored["s"] = contentOf("s", 200)
-		err := stored["s"].save(t.Context(), s)
+		w.knows("s", contentOf("s", 200))
+		err := contentOf("s", 200).save(t.Context(), s)
 		limit := time.Second
-		if last.crashes() {
+		if cuts[len(cuts)-1].crashes() {
 			limit = crashThreshold + 2*time.Second // the last poll
 		}
 		require.Less(t, time.Since(began), limit)
-		winner := whoseVersion(t, f, stored)
+		winner := w.requireComplete(t, f)
 		if err == nil {
 			require.Equal(t, "s", winner)
 		} else {
@@ -151,13 +151,38 @@ func (sc crashScene) play(t *testing.T, cuts ...cut) (names []string) {
 		requireKind(t, contentOf("t", 300).save(t.Context(), s), KindAlreadyExists)
 		require.Less(t, time.Since(began), time.Second)
 		requireExists(t, s, testVersion, true)
-		require.Equal(t, winner, whoseVersion(t, f, stored))
+		require.Equal(t, winner, w.requireComplete(t, f))
 	})
-	return names
+	return names, left
+}
+
+// leaves describes all that decides what comes of a crash, when no marker is fresh any more.
+func (sc crashScene) leaves(f *fakeGCS, w *witness) string {
+	objects, ids, s := f.Objects(), map[string]int{}, fmt.Sprint(sc.slow)
+	for _, name := range f.Names() {
+		s += fmt.Sprint("\n", name, w.whose[objects[name].MD5])
+		for _, k := range slices.Sorted(maps.Keys(objects[name].Metadata)) {
+			v := objects[name].Metadata[k]
+			switch k {
+			case keySaveID:
+				if ids[v] == 0 {
+					ids[v] = len(ids) + 1
+				}
+				v = fmt.Sprint(ids[v])
+			case keyGeneration:
+				mod := objects[objectName(extMod)]
+				v = fmt.Sprint(mod != nil && v == formatGeneration(mod.Generation))
+			case keyInProgress:
+				v = fmt.Sprint(v == givenUp.Format(time.RFC3339Nano))
+			}
+			s += " " + k + "=" + v
+		}
+	}
+	return s
 }
 
 // cutOff makes a call and returns when it is cut off, or has come to its end.
-func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call, who string, c content, at cut) {
+func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, who string, c content, at cut) {
 	ctx, cancel := context.WithCancel(t.Context())
 	crashed, returned := make(chan struct{}), make(chan error, 1)
 	m := f.Machine(who)
@@ -167,8 +192,8 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call, who string, c conten
 	}
 	fired := faultAt(f, who, at.at, at.kind, sc.slow, func() { time.AfterFunc(20*time.Millisecond, then) })
 	s := NewStorage(m.Bucket, WithStaleThreshold(crashThreshold))
-	do := everyCall(s)[call]
-	if call == "Save" {
+	do := everyCall(s)[at.call]
+	if at.call == "Save" {
 		do = func(ctx context.Context) error { return c.save(ctx, s) }
 	}
 	go func() { returned <- do(ctx) }()
@@ -183,33 +208,16 @@ func (sc crashScene) cutOff(t *testing.T, f *fakeGCS, call, who string, c conten
 	}
 }
 
-// whoseVersion returns whose three objects a complete version has.
-func whoseVersion(t *testing.T, f *fakeGCS, stored map[string]content) string {
-	t.Helper()
-	info, mod, zip := f.Get(objectName(extInfo)), f.Get(objectName(extMod)), f.Get(objectName(extZip))
-	require.True(t, info != nil && mod != nil && zip != nil, "the version has only %v", f.Names())
-	require.Empty(t, mod.Metadata)
-	for _, who := range slices.Sorted(maps.Keys(stored)) {
-		if c := stored[who]; bytes.Equal(mod.Data, c.mod) {
-			require.Equal(t, c.info, info.Data)
-			require.True(t, bytes.Equal(c.zip, zip.Data), "the zip is %.40q", zip.Data)
-			return who
-		}
-	}
-	require.Fail(t, "nobody's go.mod", "%q", mod.Data)
-	return ""
-}
-
 // crashScenes are the beginnings of all scenes. What is left of older saves is
 // every subset of the objects, with every kind of marker that a save need not
 // wait for; those that it waits for become stale, and are then no different.
 func crashScenes() []crashScene {
 	stale := marked(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), "old")
 	scenes := []crashScene{
-		{name: "exists finishes", found: leftBehind(stale, "old", extInfo, extMod, extZip), calls: []string{"Exists"}},
-		{name: "delete", found: leftBehind(nil, "old", extInfo, extMod, extZip), calls: []string{"Delete"}},
-		{name: "delete of an abandoned save", found: leftBehind(stale, "old", extInfo, extMod), calls: []string{"Delete"}},
-		{name: "delete of leftovers", found: leftBehind(nil, "old", extInfo, extZip), calls: []string{"Delete"}},
+		{name: "exists finishes", found: leftBehind(stale, "old", extInfo, extMod, extZip), call: "Exists"},
+		{name: "delete", found: leftBehind(nil, "old", extInfo, extMod, extZip), call: "Delete"},
+		{name: "delete of an abandoned save", found: leftBehind(stale, "old", extInfo, extMod), call: "Delete"},
+		{name: "delete of leftovers", found: leftBehind(nil, "old", extInfo, extZip), call: "Delete"},
 		{name: "over objects of two saves", found: leftBehind(stale, "older", extInfo, extMod, extZip)},
 	}
 	for _, op := range []string{"insert", "list"} {
@@ -231,8 +239,6 @@ func crashScenes() []crashScene {
 			scenes = append(scenes, crashScene{
 				name:  "over " + exts + " " + marker,
 				found: leftBehind(markers[marker], "old", strings.Fields(exts)...),
-				over:  true,
-				twin:  marker == "stale" || marker == "marked by old ones",
 			})
 		}
 	}
@@ -240,55 +246,44 @@ func crashScenes() []crashScene {
 		if scenes[i].slow == nil {
 			scenes[i].slow = []string{"insert", ".zip"}
 		}
-		if scenes[i].calls == nil {
-			scenes[i].calls = []string{"Save"}
-		}
+		scenes[i].call = cmp.Or(scenes[i].call, "Save")
 	}
 	return scenes
 }
 
-// A machine is cut off at each request of each call. The next save succeeds, at
-// once or when the marker is stale, and the version is one save's.
-func TestCrashOnce(t *testing.T) {
+// A machine is cut off at each request of each call. The next save succeeds, at once or
+// when the marker is stale, and the version is one save's. If what a crash leaves is new,
+// the next machine crashes too, at each of its requests.
+func TestCrash(t *testing.T) {
+	kinds := slices.Sorted(maps.Keys(cutKinds))
+	var known sync.Map // what crashes leave
 	for _, sc := range crashScenes() {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()
-			kinds := slices.Sorted(maps.Keys(cutKinds))
-			for i, at := range sc.play(t, cut{}) {
+			names, _ := sc.play(t, cut{call: sc.call})
+			for i, at := range names {
 				for j, kind := range kinds {
-					if !testing.Short() || j == i%len(kinds) {
-						sc.play(t, cut{at, kind})
+					if testing.Short() && j != i%len(kinds) {
+						continue
 					}
-				}
-			}
-		})
-	}
-}
-
-// The next machine is cut off too, at each of its requests.
-func TestCrashTwice(t *testing.T) {
-	if testing.Short() {
-		t.Skip("each of the two crashes is played by TestCrashOnce")
-	}
-	for _, sc := range crashScenes() {
-		for _, next := range []string{"Save", "Delete", "Exists"} {
-			if sc.over && next != "Save" || sc.twin {
-				continue // the first crash leaves nothing that other scenes do not
-			}
-			sc := sc
-			sc.calls = append(slices.Clip(sc.calls), next)
-			t.Run(sc.name+" then "+next, func(t *testing.T) {
-				t.Parallel()
-				for _, at := range sc.play(t, cut{}) {
-					for _, kind := range crashes {
-						for _, at2 := range sc.play(t, cut{at, kind}, cut{}) {
-							for _, kind2 := range crashes {
-								sc.play(t, cut{at, kind}, cut{at2, kind2})
+					first := cut{sc.call, at, kind}
+					_, left := sc.play(t, first)
+					if !first.crashes() || testing.Short() {
+						continue
+					}
+					if _, loaded := known.LoadOrStore(left, true); loaded {
+						continue
+					}
+					for _, next := range []string{"Save", "Delete", "Exists"} {
+						names, _ := sc.play(t, first, cut{call: next})
+						for _, at := range names {
+							for _, kind := range crashes {
+								sc.play(t, first, cut{next, at, kind})
 							}
 						}
 					}
 				}
-			})
-		}
+			}
+		})
 	}
 }

@@ -97,7 +97,9 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 				t.Logf("%s, %v at %s", sc.name, fault, at)
 			}
 		}()
-		old, a := contentOf("old", 50), contentOf("a", sc.size)
+		w, a := newWitness(), contentOf("a", sc.size)
+		w.knows("old", contentOf("old", 50))
+		w.knows("a", a)
 		sc.found(f)
 		fired := faultAt(f, "a", at, fault, []string{sc.slow, ".zip"}, func() {})
 		s := f.storage("a", WithChunkSize(faultChunk))
@@ -115,12 +117,12 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 		require.Equal(t, at != "", *fired, "the request is never made")
 		f.onRequest(nil)
 		if len(f.Names()) != 0 && end.kind != KindUnexpected {
-			end.winner = whoseVersion(t, f, map[string]content{"old": old, "a": a})
+			end.winner = w.requireComplete(t, f)
 		}
 		if fault == fakegcs.Stray {
 			f.Land() // late, and to no effect
 			if end.winner != "" {
-				require.Equal(t, end.winner, whoseVersion(t, f, map[string]content{"old": old, "a": a}))
+				require.Equal(t, end.winner, w.requireComplete(t, f))
 			}
 		}
 		began = time.Now()

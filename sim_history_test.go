@@ -173,6 +173,16 @@ func (w *witness) look(objects map[string]*fakegcs.Object, v ModuleVersion) (now
 	return now, broken
 }
 
+// requireComplete returns whose the version is that most tests save.
+func (w *witness) requireComplete(t *testing.T, f *fakeGCS) string {
+	t.Helper()
+	now, broken := w.look(f.Objects(), testVersionName)
+	require.Empty(t, broken)
+	require.NotEmpty(t, now.of, "the version has only %v", f.Names())
+	require.Empty(t, f.Get(objectName(extMod)).Metadata)
+	return now.of
+}
+
 // md5Of returns a checksum as GCS writes it.
 func md5Of(data []byte) string {
 	sum := md5.Sum(data)
