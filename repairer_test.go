@@ -3,7 +3,6 @@ package gcs
 import (
 	"fmt"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -36,22 +35,22 @@ func TestRepairBesideSave(t *testing.T) {
 					c.put(f, testVersionName)
 					before := f.Objects()
 					a := contentOf("a", 100)
-					var group sync.WaitGroup
 					var saveErr error
+					var wait func()
 					f.atFirst(nth("r", n), func() {
-						group.Go(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
+						wait = alongside(func() { saveErr = a.saveSlowly(t.Context(), f.storage("a"), takes) })
 						time.Sleep(time.Second)
 					})
 					_, err := f.storage("r").Repair(t.Context(), testModule, testVersion)
 					require.NoError(t, err)
-					group.Wait()
+					wait()
 					if c.repaired != Complete {
 						require.NoError(t, saveErr)
 						requireStored(t, f, a)
 						return
 					}
 					requireKind(t, saveErr, KindAlreadyExists)
-					for _, ext := range []string{extInfo, extMod, extZip} {
+					for _, ext := range allExts {
 						require.Equal(t, before[objectName(ext)].Generation, f.Get(objectName(ext)).Generation)
 					}
 				})
