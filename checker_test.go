@@ -60,21 +60,9 @@ func markerCases(now time.Time, threshold time.Duration) []markerCase {
 	}
 }
 
-// saveIDCases are the save ids on .info, .mod and .zip.
-var saveIDCases = []struct {
-	name           string
-	info, mod, zip string
-	one            bool // one save wrote them, or the .mod does not tell
-}{
-	{"one save", "a", "a", "a", true},
-	{"no ids", "", "", "", true},
-	{".mod without id", "a", "", "b", true},
-	{".info of another", "b", "a", "a", false},
-	{".zip of another", "a", "a", "b", false},
-	{".mod of another", "b", "a", "b", false},
-	{".info without id", "", "a", "a", false},
-	{".zip without id", "a", "a", "", false},
-}
+// areOfOne reports whether one save wrote .info, .mod and .zip of these ids, or the .mod does not
+// tell.
+func areOfOne(ids [3]string) bool { return ids[1] == "" || ids[0] == ids[1] && ids[2] == ids[1] }
 
 // meaning is what a version is of which those objects are there: .info, .mod and .zip,
 // from the lowest bit. Its .mod, if it is there, has a marker or not, which is fresh or
@@ -96,8 +84,8 @@ func meaning(subset byte, marked, fresh, one bool) State {
 }
 
 // snapshotOf is a version of which those objects are there, with the ids of their saves.
-func snapshotOf(subset byte, updated time.Time, infoID, modID, zipID string) (seen snapshot) {
-	for i, id := range []string{infoID, modID, zipID} {
+func snapshotOf(subset byte, updated time.Time, ids [3]string) (seen snapshot) {
+	for i, id := range ids {
 		if subset&(1<<i) != 0 {
 			attrs := &storage.ObjectAttrs{Created: updated, Updated: updated, Metadata: map[string]string{}}
 			if id != "" {
@@ -112,15 +100,17 @@ func snapshotOf(subset byte, updated time.Time, infoID, modID, zipID string) (se
 // Every state that a version can be in.
 func TestStates(t *testing.T) {
 	now := time.Now()
-	for _, ids := range saveIDCases {
+	for n := range 27 {
+		some := []string{"", "a", "b"}
+		ids := [3]string{some[n%3], some[n/3%3], some[n/9]} // of .info, .mod and .zip
 		for _, m := range markerCases(now, DefaultStaleThreshold) {
 			for subset := range byte(8) {
-				seen := snapshotOf(subset, now.Add(m.updated), ids.info, ids.mod, ids.zip)
+				seen := snapshotOf(subset, now.Add(m.updated), ids)
 				if delete(m.metadata, keySaveID); seen.mod != nil {
 					maps.Copy(seen.mod.Metadata, m.metadata)
 				}
-				want := meaning(subset, m.marked, m.fresh, ids.one)
-				require.Equal(t, want, seen.classify(now, DefaultStaleThreshold), "%s, %s, subset %03b", ids.name, m.name, subset)
+				want := meaning(subset, m.marked, m.fresh, areOfOne(ids))
+				require.Equal(t, want, seen.classify(now, DefaultStaleThreshold), "%q, %s, subset %03b", ids, m.name, subset)
 			}
 		}
 	}
@@ -321,12 +311,12 @@ func FuzzState(f *testing.F) {
 	f.Add(uint8(7), true, "", int64(ago), int64(DefaultStaleThreshold), "a", "a", "b")
 	f.Add(uint8(2), true, "9999-12-31T23:59:59.999999999Z", int64(0), int64(1), "", "", "")
 	f.Add(uint8(2), true, "0000-01-01T00:00:00+23:59", int64(ago), int64(1)<<62, "", "", "")
-	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated, threshold int64, infoID, modID, zipID string) {
+	f.Fuzz(func(t *testing.T, subset uint8, isMarked bool, value string, updated, threshold int64, info, mod, zip string) {
 		if threshold <= 0 {
 			t.Skip("SetStaleThreshold lets none of these in")
 		}
 		byGCS := now.Add(time.Duration(updated))
-		seen := snapshotOf(subset&7, byGCS, infoID, modID, zipID)
+		seen := snapshotOf(subset&7, byGCS, [3]string{info, mod, zip})
 		if isMarked && seen.mod != nil {
 			seen.mod.Metadata[keyInProgress], seen.mod.Created = value, now.Add(2*ago)
 		}
@@ -339,8 +329,7 @@ func FuzzState(f *testing.F) {
 			renewed = byGCS
 		}
 		fresh := !gaveUp && renewed.Sub(now).Abs() < time.Duration(threshold)
-		one := modID == "" || infoID == modID && zipID == modID
-		want := meaning(subset&7, isMarked && value != "", fresh, one)
+		want := meaning(subset&7, isMarked && value != "", fresh, areOfOne([3]string{info, mod, zip}))
 		if got := seen.classify(now, time.Duration(threshold)); got != want {
 			t.Errorf("%v, not %v", got, want)
 		}
