@@ -372,43 +372,41 @@ func inSharedRate(t *testing.T, test func(t *testing.T, f *fakeGCS)) {
 }
 
 // saveBroken saves from a reader that fails when a chunk is sent.
-func (c content) saveBroken(t *testing.T, s *Storage) {
-	t.Helper()
-	err := c.saveFrom(t.Context(), s, io.MultiReader(bytes.NewReader(make([]byte, 2<<20)), iotest.ErrReader(io.ErrClosedPipe)))
-	require.ErrorIs(t, err, io.ErrClosedPipe)
+func (c content) saveBroken(ctx context.Context, s *Storage) error {
+	return c.saveFrom(ctx, s, io.MultiReader(bytes.NewReader(make([]byte, 2<<20)), iotest.ErrReader(io.ErrClosedPipe)))
 }
 
 // A rate that all changes of an object share costs a call a second, and a request or two.
 func TestSharedRateCosts(t *testing.T) {
 	a := contentOf("a", 100)
-	for name, call := range map[string]func(t *testing.T, f *fakeGCS, s *Storage){
-		"new": func(t *testing.T, _ *fakeGCS, s *Storage) { require.NoError(t, a.save(t.Context(), s)) },
-		"large": func(t *testing.T, _ *fakeGCS, s *Storage) {
-			require.NoError(t, contentOf("a", 2<<20).save(t.Context(), s))
-		},
-		"renewed": func(t *testing.T, _ *fakeGCS, s *Storage) {
-			s.SetStaleThreshold(4 * time.Second)
-			require.NoError(t, a.saveSlowly(t.Context(), s, 10*time.Second))
-		},
-		"taken over": func(t *testing.T, f *fakeGCS, s *Storage) {
-			leave(f, marked(givenUp, "old"), extMod, extZip)
-			require.NoError(t, a.save(t.Context(), s))
-		},
-		"given up": func(t *testing.T, f *fakeGCS, s *Storage) { a.saveBroken(t, s) },
-		"flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
-			_, err := newReplica(f, &origin{}, "a").Stash(t.Context(), testModule, testVersion)
-			require.NoError(t, err)
-		},
-		"failed flight": func(t *testing.T, f *fakeGCS, _ *Storage) {
-			_, err := newReplica(f, &origin{fail: func(int) bool { return true }}, "a").Stash(t.Context(), testModule, testVersion)
-			require.ErrorIs(t, err, errGone)
-		},
-	} {
+	callsOf := func(f *fakeGCS, s *Storage) map[string]func(context.Context) error {
+		calls := outageCalls(s)
+		return map[string]func(context.Context) error{
+			"new":    calls["Save"],
+			"large":  func(ctx context.Context) error { return contentOf("a", 2<<20).save(ctx, s) },
+			"flight": calls["Stash new"],
+			"renewed": func(ctx context.Context) error {
+				s.SetStaleThreshold(4 * time.Second)
+				return a.saveSlowly(ctx, s, 10*time.Second)
+			},
+			"taken over": func(ctx context.Context) error {
+				leave(f, marked(givenUp, "old"), extMod, extZip)
+				return a.save(ctx, s)
+			},
+			"given up": func(ctx context.Context) error { return a.saveBroken(ctx, s) },
+			"failed flight": func(ctx context.Context) error {
+				_, err := s.SingleFlight(answering("", errGone)).Stash(ctx, testModule, testVersion)
+				return err
+			},
+		}
+	}
+	fails := map[string]error{"given up": io.ErrClosedPipe, "failed flight": errGone}
+	for name := range callsOf(nil, nil) {
 		t.Run(name, func(t *testing.T) {
 			cost := func(in arena) (took time.Duration, requests int) {
 				in(t, func(t *testing.T, f *fakeGCS) {
 					s, start := f.storage("a"), time.Now()
-					call(t, f, s)
+					require.ErrorIs(t, callsOf(f, s)[name](t.Context()), fails[name])
 					took, requests = time.Since(start), len(f.Log())
 				})
 				return took, requests
@@ -425,7 +423,7 @@ func TestSharedRateCosts(t *testing.T) {
 // a save that failed does not wait for its marker.
 func TestSharedRateRaces(t *testing.T) {
 	inSharedRate(t, func(t *testing.T, f *fakeGCS) {
-		contentOf("broken", 100).saveBroken(t, f.storage("broken"))
+		require.ErrorIs(t, contentOf("broken", 100).saveBroken(t.Context(), f.storage("broken")), io.ErrClosedPipe)
 		start := time.Now()
 		requireOneWinner(t, f, 5, func(i int) (content, error) {
 			c := contentOf(fmt.Sprint(i), 100)

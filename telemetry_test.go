@@ -285,23 +285,17 @@ func TestWaits(t *testing.T) {
 // Who waits for longer than 5 seconds says so once. Who takes over says so if the
 // holder has crashed, and is counted. A holder that gave up is no reason to.
 func TestWaitsAndTakeoversAreLogged(t *testing.T) {
-	save := func(ctx context.Context, s *Storage) error { return stashSave(ctx, s, testModule, testVersion) }
-	stash := func(ctx context.Context, s *Storage) error {
-		_, err := s.SingleFlight((&origin{}).stasher(s)).Stash(ctx, testModule, testVersion)
-		return err
-	}
 	for _, test := range []struct {
-		name, what, ext string
-		call            func(ctx context.Context, s *Storage) error
+		call, what, ext string
 		threshold       time.Duration
 	}{
-		{"save", "save", extMod, save, DefaultStaleThreshold},
-		{"stash behind a save", "save", extMod, stash, DefaultStaleThreshold},
-		{"stash behind a fetch", "fetch", extClaim, stash, claimStale},
+		{"Save", "save", extMod, DefaultStaleThreshold},
+		{"Stash new", "save", extMod, DefaultStaleThreshold},
+		{"Stash new", "fetch", extClaim, claimStale},
 	} {
 		ages := map[string]time.Duration{"fresh": 0, "nearly stale": test.threshold - 4*time.Second, "stale": time.Hour}
 		for _, left := range []string{"fresh", "nearly stale", "stale", "given up"} {
-			run(t, test.name+" "+left, inCrowd, func(t *testing.T, f *fakeGCS) {
+			run(t, test.call+" behind a "+test.what+" "+left, inCrowd, func(t *testing.T, f *fakeGCS) {
 				w := watch(t)
 				start, renewed := time.Now(), givenUp
 				if age, ok := ages[left]; ok {
@@ -310,7 +304,7 @@ func TestWaitsAndTakeoversAreLogged(t *testing.T) {
 				f.Put(objectName(test.ext), nil, marked(renewed, "dead"))
 				time.Sleep(time.Second)
 				log := &syncedLog{}
-				require.NoError(t, test.call(t.Context(), f.storage("a", log.option())))
+				require.NoError(t, outageCalls(f.storage("a", log.option()))[test.call](t.Context()))
 				waiting := slices.DeleteFunc(log.lines(slog.LevelInfo), func(line string) bool { return !strings.Contains(line, "waiting") })
 				about := " module=" + testModule + " version=" + testVersion
 				if left == "fresh" {

@@ -243,20 +243,14 @@ func TestOwnObjectCutShort(t *testing.T) {
 
 // The session of an upload in chunks can be lost. The upload is made again.
 func TestUploadSessionGone(t *testing.T) {
-	forEach(t, inCrowd, []int{404, 410}, func(t *testing.T, f *fakeGCS, code int) {
-		first := true
-		s := behind(f, func(r *http.Request) *http.Response {
-			if r.URL.Query().Get("upload_id") == "" || !first {
-				return nil
-			}
-			first = false
-			return answer(code, "no such session")
-		}, WithChunkSize(faultChunk))
-		a := contentOf("a", 3<<20)
+	lost := []fakegcs.Fault{fakegcs.SessionNotFound, fakegcs.SessionGone}
+	forEach(t, inCrowd, lost, func(t *testing.T, f *fakeGCS, fault fakegcs.Fault) {
+		a, s := contentOf("a", 3<<20), f.storage("a", WithChunkSize(faultChunk))
+		f.fault(fault, first(1, on("", "chunk", "")))
 		requireKind(t, a.saveFrom(t.Context(), s, plain(bytes.NewReader(a.zip))), KindUnexpected)
 		leave(f, nil, extZip) // and is over the same leftover
 		time.Sleep(time.Second)
-		first = true
+		f.fault(fault, first(1, on("", "chunk", "")))
 		require.NoError(t, a.save(t.Context(), s))
 		requireStored(t, f, a)
 	})
