@@ -749,7 +749,7 @@ func TestSingleFlightSleeperWakes(t *testing.T) {
 	})
 }
 
-// A claim is no part of a version that is saved or deleted. TestScanStates and TestExistsStates
+// A claim is no part of a version that is saved or deleted. TestScanStates and TestCallsOnStates
 // show what others see of claims.
 func TestClaimIsInvisible(t *testing.T) {
 	inCrowd(t, func(t *testing.T, f *fakeGCS) {
