@@ -49,10 +49,8 @@ func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, req
 		}
 		reason := retryReason(err)
 		switch {
-		case ctx.Err() != nil && t.last != nil:
-			return fmt.Errorf("%w: %w", err, t.last)
 		case ctx.Err() != nil:
-			return err
+			return t.because(err)
 		case hung || hasCode(err, 0, codes.DeadlineExceeded):
 			// Over gRPC the server knows the deadline too, and can be the first to
 			// say that it passed.
@@ -68,7 +66,7 @@ func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, req
 			wait += rateInterval
 		}
 		if sleepErr := sleep(limited, wait); ctx.Err() != nil {
-			return fmt.Errorf("%w: %w", sleepErr, err)
+			return t.because(sleepErr)
 		} else if sleepErr != nil {
 			return fmt.Errorf("no answer, or none but to try again, in %v: %w", retryLimit, err)
 		}
@@ -111,6 +109,14 @@ func (t *tries) failed(err error, cut bool) error {
 		t.warn = time.AfterFunc(time.Until(t.start.Add(warnAfter)), t.tell)
 	}
 	return t.last
+}
+
+// because adds to the end of a context what the last try failed with, if one has.
+func (t *tries) because(ended error) error {
+	if t.last == nil {
+		return ended
+	}
+	return fmt.Errorf("%w: %w", ended, t.last)
 }
 
 // tell warns of a request that is tried again, and will warn again when it has taken
