@@ -793,7 +793,7 @@ func scenes() []scene {
 	partial := leftBehind(nil, "", extInfo, extMod)
 	headless := leftBehind(nil, "old", extInfo, extZip)
 	return []scene{
-		{name: "a saver", quick: " lost stray unmet crash cancel stale renew", roles: []role{a}},
+		{name: "a saver", quick: " lost stray unmet crash cancel cancel+stray stale renew", roles: []role{a}},
 		{name: "a saver, split", split: true, roles: []role{a}},
 		{name: "two savers", quick: " lost crash cancel", roles: []role{a, b}},
 		{name: "two savers, split", quick: "-", split: true, roles: []role{a, b}},

@@ -25,6 +25,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/athensgcs/gcs/internal/fakegcs"
+	"github.com/athensgcs/gcs/internal/history"
 )
 
 const (
@@ -124,8 +125,8 @@ type storm struct {
 
 	mu       sync.Mutex
 	order    int // of beginnings and ends
-	history  map[string]history
-	unlanded []*observation // of which requests may still be on their way
+	history  map[string]history.History
+	unlanded []*history.Observation // of which requests may still be on their way
 	saves    int
 	witness  *witness
 	broken   []string
@@ -141,7 +142,7 @@ func newStorm(t *testing.T, seed uint64) *storm {
 		badness:   []float64{0, 0.02, 0.1, 0.25}[rng.IntN(4)],
 		slowness:  []time.Duration{0, 50 * time.Millisecond, time.Second}[rng.IntN(3)],
 		threshold: [][]time.Duration{{20 * time.Second}, {4 * time.Second, 30 * time.Second}, {time.Second, 10 * time.Second, time.Minute}}[rng.IntN(3)],
-		history:   map[string]history{},
+		history:   map[string]history.History{},
 		witness:   newWitness(),
 		machines:  map[string]*stormMachine{},
 		failures:  map[string]int{},
@@ -284,17 +285,17 @@ func (m *stormMachine) act(rng *rand.Rand) {
 	case n < 18:
 		m.read(ctx, []string{"Info", "GoMod", "Zip"}[rng.IntN(3)], vers)
 	default:
-		m.mustNotFail(ctx, m.observe("Delete", vers, func(o *observation) error {
-			o.outcome = deleted
+		m.mustNotFail(ctx, m.observe("Delete", vers, func(o *history.Observation) error {
+			o.Outcome = history.Deleted
 			return m.s.Delete(ctx, stormModule, vers)
 		}))
 	}
 }
 
-func (m *stormMachine) exists(ctx context.Context, vers string) *observation {
-	o := m.observe("Exists", vers, func(o *observation) error {
+func (m *stormMachine) exists(ctx context.Context, vers string) *history.Observation {
+	o := m.observe("Exists", vers, func(o *history.Observation) error {
 		ok, err := m.s.Exists(ctx, stormModule, vers)
-		o.outcome = map[bool]outcome{true: yes, false: no}[ok]
+		o.Outcome = map[bool]history.Outcome{true: history.Yes, false: history.No}[ok]
 		return err
 	})
 	m.mustNotFail(ctx, o)
@@ -303,16 +304,16 @@ func (m *stormMachine) exists(ctx context.Context, vers string) *observation {
 
 // observe makes a call and writes down what came of it. The call itself says
 // what it means that there is no error.
-func (m *stormMachine) observe(call, vers string, do func(o *observation) error) *observation {
-	o := m.begin(&observation{who: m.Name, call: call, version: vers})
-	seen := &observation{}
+func (m *stormMachine) observe(call, vers string, do func(o *history.Observation) error) *history.Observation {
+	o := m.begin(&history.Observation{Who: m.Name, Call: call, Version: vers})
+	seen := &history.Observation{}
 	m.end(o, seen, do(seen))
 	return o
 }
 
 // mustNotFail tells of a call that failed although it need not have.
-func (m *stormMachine) mustNotFail(ctx context.Context, o *observation) {
-	if o.outcome == failed && ctx.Err() == nil && !(errors.Is(o.err, errFenced) && m.wasFenced(o)) {
+func (m *stormMachine) mustNotFail(ctx context.Context, o *history.Observation) {
+	if o.Outcome == history.Failed && ctx.Err() == nil && !(errors.Is(o.Err, errFenced) && m.wasFenced(o)) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.report("a call fails without a reason:\n\t" + o.String())
@@ -320,47 +321,47 @@ func (m *stormMachine) mustNotFail(ctx context.Context, o *observation) {
 }
 
 // wasFenced reports whether another has replaced or deleted the .mod during a save.
-func (m *stormMachine) wasFenced(o *observation) bool {
-	return o.call == "Save" && slices.ContainsFunc(m.f.Log(), func(r fakegcs.Request) bool {
-		return r.Applied && (r.Op == "delete" || r.Op == "insert" && r.Machine != o.who) &&
-			strings.HasSuffix(r.Object, ModuleVersion{stormModule, o.version}.object(extMod)) &&
-			(r.End.IsZero() || !r.End.Before(m.began.Add(o.from))) && r.Start.Before(m.began.Add(o.till))
+func (m *stormMachine) wasFenced(o *history.Observation) bool {
+	return o.Call == "Save" && slices.ContainsFunc(m.f.Log(), func(r fakegcs.Request) bool {
+		return r.Applied && (r.Op == "delete" || r.Op == "insert" && r.Machine != o.Who) &&
+			strings.HasSuffix(r.Object, ModuleVersion{stormModule, o.Version}.object(extMod)) &&
+			(r.End.IsZero() || !r.End.Before(m.began.Add(o.From))) && r.Start.Before(m.began.Add(o.Till))
 	})
 }
 
-func (w *storm) begin(o *observation) *observation {
+func (w *storm) begin(o *history.Observation) *history.Observation {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.order++
-	o.start, o.end, o.from = w.order, endOfTime, time.Since(w.began)
-	w.history[o.version] = append(w.history[o.version], o)
+	o.Start, o.End, o.From = w.order, history.EndOfTime, time.Since(w.began)
+	w.history[o.Version] = append(w.history[o.Version], o)
 	return o
 }
 
-func (m *stormMachine) end(o, seen *observation, err error) {
+func (m *stormMachine) end(o, seen *history.Observation, err error) {
 	dead := m.Crashed()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.order++
-	o.end, o.till, o.err = m.order, time.Since(m.began), err
-	o.outcome = seen.outcome
+	o.End, o.Till, o.Err = m.order, time.Since(m.began), err
+	o.Outcome = seen.Outcome
 	switch {
 	case dead:
-		o.outcome = crashed
-	case Is(err, KindAlreadyExists) && o.call == "Save":
-		o.outcome = existed
+		o.Outcome = history.Crashed
+	case Is(err, KindAlreadyExists) && o.Call == "Save":
+		o.Outcome = history.Existed
 	case Is(err, KindNotFound):
-		o.outcome = notFound
+		o.Outcome = history.NotFound
 	case err != nil:
-		o.outcome = failed
-	case o.outcome == got:
-		o.save = seen.save
+		o.Outcome = history.Failed
+	case o.Outcome == history.Got:
+		o.Save = seen.Save
 	}
-	if o.outcome == crashed || o.outcome == failed {
-		o.end = endOfTime
+	if o.Outcome == history.Crashed || o.Outcome == history.Failed {
+		o.End = history.EndOfTime
 		m.unlanded = append(m.unlanded, o)
 	}
-	m.report(m.history[o.version].check()...)
+	m.report(m.history[o.Version].Check()...)
 }
 
 // land lets the requests arrive that are still on their way. After that, calls
@@ -372,7 +373,7 @@ func (w *storm) land() {
 	defer w.mu.Unlock()
 	w.order++
 	for _, o := range w.unlanded {
-		o.end = w.order
+		o.End = w.order
 	}
 	w.unlanded = nil
 }
@@ -388,31 +389,31 @@ func (w *storm) report(broken ...string) {
 
 var errStormReader = errors.New("the zip's reader failed")
 
-func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *observation {
+func (m *stormMachine) save(ctx context.Context, vers string, rng *rand.Rand) *history.Observation {
 	who, c := m.newContent(rng)
-	o := &observation{who: m.Name, call: "Save", version: vers, save: who, how: fmt.Sprintf("%d bytes", len(c.zip))}
+	o := &history.Observation{Who: m.Name, Call: "Save", Version: vers, Save: who, How: fmt.Sprintf("%d bytes", len(c.zip))}
 	var zip io.Reader = bytes.NewReader(c.zip)
 	lasts, breaks := true, false // whether it can be read twice, and not even once
 	if rng.IntN(2) == 0 {
 		zip, lasts = plain(zip), len(c.zip) <= stormChunk
-		o.how += ", unseekable"
+		o.How += ", unseekable"
 	}
 	switch n := rng.IntN(10); {
 	case m.steady:
 	case n == 0:
 		pause := time.Duration(rng.Int64N(int64(2 * m.s.staleThreshold())))
 		zip, lasts = io.MultiReader(sleepReader(pause), zip), len(c.zip) <= stormChunk
-		o.how += ", slow"
+		o.How += ", slow"
 	case n == 1:
 		half := bytes.NewReader(c.zip[:rng.IntN(len(c.zip)+1)])
 		pause := time.Duration(rng.Int64N(int64(time.Second))) // not in the instant in which another request begins
 		zip, breaks, lasts = io.MultiReader(half, sleepReader(pause), iotest.ErrReader(errStormReader)), true, half.Len() <= stormChunk
-		o.how += ", broken"
+		o.How += ", broken"
 	}
 	m.begin(o)
 	sum := md5.Sum(c.zip)
 	err := m.s.Save(ctx, stormModule, vers, c.mod, zip, sum[:], c.info)
-	m.end(o, &observation{outcome: stored}, err)
+	m.end(o, &history.Observation{Outcome: history.Stored}, err)
 	// Who was taken over, and cannot send the zip again, may have to give up.
 	if lasts && !(breaks && errors.Is(err, errStormReader)) {
 		m.mustNotFail(ctx, o)
@@ -436,26 +437,26 @@ func (w *storm) newContent(rng *rand.Rand) (who string, c content) {
 }
 
 func (m *stormMachine) list(ctx context.Context) {
-	var os []*observation
+	var os []*history.Observation
 	for _, vers := range m.versions {
-		os = append(os, m.begin(&observation{who: m.Name, call: "List", version: vers}))
+		os = append(os, m.begin(&history.Observation{Who: m.Name, Call: "List", Version: vers}))
 	}
 	list, err := m.s.List(ctx, stormModule)
 	for _, o := range os {
-		m.end(o, &observation{outcome: map[bool]outcome{true: yes, false: no}[slices.Contains(list, o.version)]}, err)
+		m.end(o, &history.Observation{Outcome: map[bool]history.Outcome{true: history.Yes, false: history.No}[slices.Contains(list, o.Version)]}, err)
 	}
 }
 
-func (m *stormMachine) read(ctx context.Context, op, vers string) *observation {
-	o := m.observe(op, vers, func(o *observation) error {
+func (m *stormMachine) read(ctx context.Context, op, vers string) *history.Observation {
+	o := m.observe(op, vers, func(o *history.Observation) error {
 		data, err := readers[op](ctx, m.s, stormModule, vers)
 		if err != nil {
 			return err
 		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		o.outcome, o.save = got, m.witness.whose[md5Of([]byte(data))]
-		if o.save == "" {
+		o.Outcome, o.Save = history.Got, m.witness.whose[md5Of([]byte(data))]
+		if o.Save == "" {
 			m.report(fmt.Sprintf("%s: %s of %s is what nobody wrote: %.40q", m.Name, op, vers, data))
 		}
 		return nil
@@ -557,11 +558,11 @@ func (w *storm) clearUp() {
 		if took := time.Since(began); took > 4*threshold+15*time.Second {
 			w.report(fmt.Sprintf("when all is calm, a save takes %v:\n\t%v", took, o))
 		}
-		files := []*observation{m.exists(m.ctx, vers), m.read(m.ctx, "Info", vers), m.read(m.ctx, "GoMod", vers), m.read(m.ctx, "Zip", vers)}
-		if !o.says() || files[0].outcome != yes || slices.ContainsFunc(files[1:], func(o *observation) bool { return o.outcome != got }) {
+		files := []*history.Observation{m.exists(m.ctx, vers), m.read(m.ctx, "Info", vers), m.read(m.ctx, "GoMod", vers), m.read(m.ctx, "Zip", vers)}
+		if !o.Says() || files[0].Outcome != history.Yes || slices.ContainsFunc(files[1:], func(o *history.Observation) bool { return o.Outcome != history.Got }) {
 			w.report(fmt.Sprintf("when all is calm, a version cannot be had:\n\t%v\n\t%v", o, files))
 		}
-		w.report(w.history[vers].check()...)
+		w.report(w.history[vers].Check()...)
 	}
 	if requests, bodies := w.f.InFlight(); requests != 0 || bodies != 0 {
 		w.report(fmt.Sprintf("%d requests and %d answers are left behind", requests, bodies))
@@ -572,11 +573,11 @@ func (w *storm) clearUp() {
 func (w *storm) print() {
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d: %d machines, faults %v, delays %v, thresholds %v\n", w.seed, len(w.machines), w.badness, w.slowness, w.threshold)
-	var all history
+	var all history.History
 	for _, vers := range w.versions {
 		all = append(all, w.history[vers]...)
 	}
-	slices.SortFunc(all, func(a, b *observation) int { return a.start - b.start })
+	slices.SortFunc(all, func(a, b *history.Observation) int { return a.Start - b.Start })
 	for _, o := range all {
 		fmt.Fprintln(&b, o)
 	}
