@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/athensgcs/gcs/internal/fakegcs"
 )
 
 // A load is what many callers want of a few machines at once.
@@ -30,7 +32,11 @@ var errLoad = errors.New("the zip cannot be read")
 // run has each version saved by as many callers as want it, one after another
 // in each caller but in an order of its own. It returns how many saves of each
 // version failed, as they had to.
-func (l load) run(t *testing.T, f *fakeGCS, stores []*Storage) (failed map[string]int) {
+func (l load) run(t *testing.T, f *fakeGCS, machine func(name string) *fakegcs.Machine) (failed map[string]int) {
+	var stores []*Storage
+	for i := range l.machines {
+		stores = append(stores, NewStorage(machine(fmt.Sprint(i)).Bucket))
+	}
 	var mu sync.Mutex
 	failed, winners := map[string]int{}, map[string]int{}
 	contents := map[string]content{}
@@ -98,11 +104,7 @@ func TestLoad(t *testing.T) {
 	bubble(t, 0, func(t *testing.T, f *fakeGCS) {
 		f.before(on("", "", ""), func() { time.Sleep(rand.N(60 * time.Millisecond)) })
 		l := load{machines: 8, callers: 100, versions: 200, wanted: 5, broken: 7}
-		var stores []*Storage
-		for i := range l.machines {
-			stores = append(stores, f.storage(fmt.Sprint(i)))
-		}
-		failed := l.run(t, f, stores)
+		failed := l.run(t, f, func(name string) *fakegcs.Machine { return f.Machine(name) })
 		require.NotEmpty(t, failed)
 		requireUploads(t, f, failed)
 		requireNothingInFlight(t, f)
@@ -120,13 +122,11 @@ func TestLoadOverSockets(t *testing.T) {
 	}
 	server.Start()
 	t.Cleanup(server.Close)
-	var stores []*Storage
 	var wires []*http.Transport
-	for i := range l.machines {
+	requireUploads(t, f, l.run(t, f, func(name string) *fakegcs.Machine {
 		wires = append(wires, new(http.Transport))
-		stores = append(stores, NewStorage(f.over(t, server.URL, fmt.Sprint(i), wires[i]).Bucket))
-	}
-	requireUploads(t, f, l.run(t, f, stores))
+		return f.over(t, server.URL, name, wires[len(wires)-1])
+	}))
 	// What is still open is idle, or it would not be closed.
 	require.Positive(t, open.Load())
 	for _, wire := range wires {

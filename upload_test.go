@@ -103,8 +103,7 @@ func TestSaveOfReader(t *testing.T) {
 // A reader that panics, or ends its goroutine, does so in the caller's. The save
 // leaves nothing behind, and does not wait for the .info, which hangs.
 func TestSaveOfPanickingReader(t *testing.T) {
-	var none *bytes.Buffer
-	for how, stop := range map[string]func(){"panic": func() { none.Len() }, "Goexit": runtime.Goexit} {
+	for how, stop := range map[string]func(){"panic": func() { panic("broken") }, "Goexit": runtime.Goexit} {
 		for name, size := range heads {
 			run(t, how+" "+name, inCrowd, func(t *testing.T, f *fakeGCS) {
 				f.fault(fakegcs.Hung, on("", "insert", extInfo))
@@ -226,12 +225,12 @@ func onPasses(f *fakeGCS, fault func(pass, chunk int) fakegcs.Fault) (passes *in
 // and the version is given up.
 func TestOwnObjectCutShort(t *testing.T) {
 	forEach(t, inCrowd, []string{extInfo, extZip}, func(t *testing.T, f *fakeGCS, ext string) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			if r.Op == "insert" && r.Object == objectName(ext) {
+		f.fault(fakegcs.PreconditionFailed, func(r *fakegcs.Request) bool {
+			uploads := on("", "insert", ext)(r)
+			if uploads {
 				f.Put(objectName(ext), []byte("half"), r.Metadata)
-				return fakegcs.PreconditionFailed
 			}
-			return fakegcs.NoFault
+			return uploads
 		})
 		err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 		requireKind(t, err, KindUnexpected)
@@ -323,20 +322,14 @@ func TestSaveRetriesEnd(t *testing.T) {
 // A line that carries 222 KiB a second is fast enough for chunks of 16 MiB, and one of
 // 24 KiB a second for the smallest.
 func TestSlowLine(t *testing.T) {
-	for _, test := range []struct {
-		chunk, rate int
-		enough      bool
-	}{
-		{defaultChunkSize, 222 << 10, true}, {defaultChunkSize, 221 << 10, false},
-		{256 << 10, 24 << 10, true}, {256 << 10, 23 << 10, false},
-	} {
-		run(t, fmt.Sprint(test.chunk, " ", test.rate), inCrowd, func(t *testing.T, f *fakeGCS) {
+	for chunk, enough := range map[int]int{defaultChunkSize: 222, 256 << 10: 24} {
+		forEach(t, inCrowd, []int{enough, enough - 1}, func(t *testing.T, f *fakeGCS, rate int) {
 			thinLine := func(r *http.Request) (*http.Response, error) {
-				return nil, sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(test.rate))
+				return nil, sleep(r.Context(), time.Duration(max(r.ContentLength, 0))*time.Second/time.Duration(rate<<10))
 			}
-			a := contentOf("a", test.chunk+100)
-			err := a.saveFrom(t.Context(), f.on(thinLine, WithChunkSize(test.chunk)), plain(bytes.NewReader(a.zip)))
-			if test.enough {
+			a := contentOf("a", chunk+100)
+			err := a.saveFrom(t.Context(), f.on(thinLine, WithChunkSize(chunk)), plain(bytes.NewReader(a.zip)))
+			if rate == enough {
 				require.NoError(t, err)
 			} else {
 				require.ErrorIs(t, err, errBrokenOff)
