@@ -497,6 +497,8 @@ func (s *leanServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Http-Status-Code-Override", "308")
 	case r.Method == http.MethodGet && r.URL.Path == "/storage/v1/b/"+fakegcs.Bucket+"/o":
 		s.list(w, query)
+	case r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/storage/"): // a look before a save
+		w.WriteHeader(http.StatusNotFound)
 	case r.Method == http.MethodGet:
 		w.Header().Set("Content-Length", strconv.Itoa(largeZip))
 		w.Header().Set("Content-Type", "application/zip")

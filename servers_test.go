@@ -106,26 +106,16 @@ func listening(t *testing.T) server {
 	return server{m.Client, fakegcs.Bucket, func() int { return len(f.Log()) }}
 }
 
-// counter counts requests.
-type counter struct {
-	http.RoundTripper
-	n atomic.Int64
-}
-
-func (c *counter) RoundTrip(r *http.Request) (*http.Response, error) {
-	c.n.Add(1)
-	return c.RoundTripper.RoundTrip(r)
-}
-
-// connect returns a server behind a transport.
-func connect(t *testing.T, wire http.RoundTripper, opts ...option.ClientOption) server {
+// connect returns a server behind a transport, and counts its requests.
+func connect(t *testing.T, next http.RoundTripper, opts ...option.ClientOption) server {
 	t.Helper()
-	c := &counter{RoundTripper: wire}
+	var n atomic.Int64
+	counting := wire{next, func(*http.Request) (*http.Response, error) { n.Add(1); return nil, nil }}
 	client, err := storage.NewClient(context.Background(), append(opts,
-		option.WithHTTPClient(&http.Client{Transport: c}), option.WithoutAuthentication())...)
+		option.WithHTTPClient(&http.Client{Transport: counting}), option.WithoutAuthentication())...)
 	require.NoError(t, err)
 	t.Cleanup(func() { client.Close() })
-	return server{client, "", func() int { return int(c.n.Load()) }}
+	return server{client, "", func() int { return int(n.Load()) }}
 }
 
 func startStock(t *testing.T, opts fakestorage.Options) *fakestorage.Server {
