@@ -177,10 +177,9 @@ func (g *saving) takeOver(ctx context.Context, seen snapshot, state State) error
 	if err := g.s.bucket.confirm(ctx, g.v, seen); err != nil {
 		return err
 	}
-	g.tookOver = state
+	g.tookOver, g.leftovers = state, seen // the answer to acquire may be lost
 	err := g.lease.acquire(ctx, seen.mod)
 	if err == nil {
-		g.leftovers = seen
 		g.s.tellTakeover(ctx, g.v, "save", seen.mod)
 	}
 	return err

@@ -2,6 +2,7 @@ package gcs
 
 import (
 	"bytes"
+	"cmp"
 	"io"
 	"strings"
 	"testing"
@@ -63,23 +64,12 @@ func faultScenes() []faultScene {
 	}
 	for i := range scenes {
 		sc := &scenes[i]
-		if sc.slow == "" {
-			sc.slow = "insert"
-		}
+		sc.slow, sc.size = cmp.Or(sc.slow, "insert"), cmp.Or(sc.size, 100)
 		if sc.zip == nil {
 			sc.zip = unseekable
 		}
-		if sc.size == 0 {
-			sc.size = 100
-		}
 	}
 	return scenes
-}
-
-// seeks reports whether the scene's zip can be read again.
-func (sc faultScene) seeks() bool {
-	_, ok := sc.zip(bytes.NewReader(nil)).(io.Seeker)
-	return ok
 }
 
 // An ending is all that a call with a fault must have in common with one without.
@@ -144,6 +134,7 @@ func TestOneFault(t *testing.T) {
 	for _, sc := range faultScenes() {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()
+			_, seeks := sc.zip(bytes.NewReader(nil)).(io.Seeker) // whether the zip can be read again
 			want, usually, names := sc.play(t, "", fakegcs.NoFault)
 			for i, at := range names {
 				faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung, fakegcs.HungApplied, fakegcs.Stray}
@@ -160,7 +151,7 @@ func TestOneFault(t *testing.T) {
 						limit += 3 * uploadTimeout(faultChunk)
 					}
 					hangs := fault == fakegcs.Hung || fault == fakegcs.HungApplied || fault == fakegcs.Stray
-					if (hangs && strings.HasPrefix(at, "start") || fault >= fakegcs.HalfChunk) && !sc.seeks() {
+					if (hangs && strings.HasPrefix(at, "start") || fault >= fakegcs.HalfChunk) && !seeks {
 						// The only faults that cost a save, and the doc of Save says so:
 						// what was read for the chunk is in the client's hands.
 						if end.winner != "" || took > limit {

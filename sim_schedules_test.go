@@ -169,10 +169,8 @@ func (r *rehearsal) onRequest(ctx context.Context, q *fakegcs.Request) fakegcs.F
 		r.mu.Unlock()
 		return fakegcs.NoFault
 	}
-	if a.counts[e.what]++; a.counts[e.what] > 1 {
-		e.key = fmt.Sprint(" ", a.counts[e.what])
-	}
-	e.key = e.what + e.key
+	a.counts[e.what]++
+	e.key = strings.TrimSuffix(fmt.Sprint(e.what, " ", a.counts[e.what]), " 1")
 	if !a.crashed {
 		r.pending = append(r.pending, e)
 		r.arrivals++
@@ -225,11 +223,11 @@ func (r *rehearsal) onAnswer(ctx context.Context, q *fakegcs.Request) {
 		r.mu.Unlock()
 		select {
 		case <-e.release:
-			r.mu.Lock()
 		case <-r.over:
-			r.mu.Lock()
 		case <-ctx.Done():
-			r.mu.Lock()
+		}
+		r.mu.Lock()
+		if ctx.Err() != nil {
 			e.said = "abandoned"
 		}
 	}
