@@ -73,7 +73,7 @@ func (o *origin) stasher(s *Storage) Stasher {
 		if o.fail != nil && o.fail(n) {
 			return "", errGone
 		}
-		if err := stashSave(ctx, s, module, resolved(vers)); err != nil {
+		if err := saveVersion(ctx, s, module, resolved(vers)); err != nil {
 			return "", athensLike{"stasher.Stash", KindUnexpected, err}
 		}
 		return resolved(vers), nil
@@ -105,10 +105,6 @@ func resolved(vers string) string {
 		return pseudoVersion
 	}
 	return vers
-}
-
-func stashSave(ctx context.Context, s *Storage, module, vers string) error {
-	return contentOf(vers, 100).saveAs(ctx, s, ModuleVersion{module, vers})
 }
 
 // athensLike is an error of Athens, which says its kind, and wraps its cause.
@@ -757,8 +753,8 @@ func TestClaimIsInvisible(t *testing.T) {
 		f.Put(objectName(extClaim), nil, marked(time.Now(), "other")) // fresh
 		for range 2 {
 			require.True(t, Is(s.Delete(t.Context(), testModule, testVersion), KindNotFound))
-			require.Less(t, timeOf(func() { require.NoError(t, stashSave(t.Context(), s, testModule, testVersion)) }), time.Second)
-			require.True(t, Is(stashSave(t.Context(), s, testModule, testVersion), KindAlreadyExists))
+			require.Less(t, timeOf(func() { require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion)) }), time.Second)
+			require.True(t, Is(saveVersion(t.Context(), s, testModule, testVersion), KindAlreadyExists))
 			require.NoError(t, s.Delete(t.Context(), testModule, testVersion))
 		}
 		require.Len(t, locks(f), 1)
@@ -774,7 +770,7 @@ func TestStaleClaimIsRemoved(t *testing.T) {
 				run(t, fmt.Sprintf("%s after %v denied %v", name, age, denied), inCrowd, func(t *testing.T, f *fakeGCS) {
 					log := &syncedLog{}
 					s := f.storage("a", log.option())
-					require.NoError(t, stashSave(t.Context(), s, testModule, testVersion))
+					require.NoError(t, saveVersion(t.Context(), s, testModule, testVersion))
 					f.Put(objectName(extClaim), nil, marked(time.Now(), "other"))
 					time.Sleep(age)
 					if denied {
