@@ -1,6 +1,7 @@
 package gcs
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"math"
@@ -204,6 +205,21 @@ func TestExists(t *testing.T) {
 
 		f.Allow("storage.objects.update")
 		requireExists(t, s, testVersion, true)
+	})
+
+	// A caller whose rate is limited may do so later.
+	run(t, "rate limited", withStorage, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		unfinishedVersion(f, testVersionName)
+		s := behind(f, func(r *http.Request) *http.Response {
+			if r.Method == http.MethodPatch {
+				return answer(http.StatusForbidden, "rateLimitExceeded")
+			}
+			return nil
+		})
+		_, err := s.Exists(t.Context(), testModule, testVersion)
+		requireKind(t, err, KindRateLimit)
+		_, err = s.List(within(t, time.Minute), testModule)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
 	})
 
 	// A renewal can come between, and after it the holder can die.

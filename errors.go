@@ -7,10 +7,8 @@ import (
 	"io/fs"
 	"net/http"
 	"regexp"
-	"slices"
 	"strings"
 
-	"cloud.google.com/go/auth"
 	"cloud.google.com/go/storage"
 	"google.golang.org/api/googleapi"
 	"google.golang.org/grpc/codes"
@@ -160,8 +158,9 @@ func isAbsentObject(err error) bool {
 	return isAbsent(err) && !errors.Is(err, storage.ErrBucketNotExist) && !strings.Contains(err.Error(), "bucket does not exist")
 }
 
+// isForbidden reports whether GCS refused access, for a reason that does not pass.
 func isForbidden(err error) bool {
-	return hasCode(err, http.StatusForbidden, codes.PermissionDenied)
+	return hasCode(err, http.StatusForbidden, codes.PermissionDenied) && !rateLimited.MatchString(err.Error())
 }
 
 // rateLimited finds the reasons with which GCS limits a caller's rate, beside 429.
@@ -169,61 +168,8 @@ var rateLimited = regexp.MustCompile(`(?i)rate_?limit_?exceeded`)
 
 func isRateLimited(err error) bool {
 	return hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted) ||
-		isForbidden(err) && rateLimited.MatchString(err.Error())
+		hasCode(err, http.StatusForbidden, codes.PermissionDenied) && !isForbidden(err)
 }
-
-var (
-	// neverPasses finds in the text of a request without an answer what no further try
-	// changes: a certificate, a URL, a credential that its issuer refuses, a key file
-	// that cannot be read, a client that is closed. Over gRPC the text is all that is left.
-	neverPasses = regexp.MustCompile(`x509: |tls: failed to verify certificate|protocol scheme|too many colons in address|` +
-		`cannot fetch token: 40[013]|status code:? 40[013]|compute: Received 40[013] |` +
-		`(?:auth|oauth2): "(?:invalid|unauthorized|unsupported|access|account|deleted|disabled|admin|org)_|` +
-		`parse private key|private key should be|open [^:]+: (?:no such file|permission denied)|client connection is closing`)
-	// tokenFailed finds that a token could not be fetched.
-	tokenFailed = regexp.MustCompile(`per-RPC creds failed|\b(?:auth|credentials|oauth2|google|impersonate|compute): `)
-	// noAnswer finds the statuses that grpc-go makes itself: a server sends others.
-	noAnswer = regexp.MustCompile(`desc = (?:transport|connection|last connection|the connection|closing transport|keepalive|` +
-		`error reading|name resolver|stream terminated|server closed|unexpected|malformed|EOF)`)
-)
-
-// retryReason returns why a request that failed so is made again, as the counter
-// gcs.retries has it, or "" if the failure is final. An answer of GCS decides by its
-// code. Without an answer, only what never passes is final: every change is
-// conditional, so another try can do no harm.
-func retryReason(err error) string {
-	if err == nil {
-		return ""
-	}
-	var answer *googleapi.Error
-	var issuer *auth.Error
-	text, isAnswer := err.Error(), errors.As(err, &answer)
-	s, isStatus := status.FromError(err)
-	isStatus = isStatus && !noAnswer.MatchString(text)
-	switch {
-	case isRateLimited(err):
-		return "429"
-	case hasCode(err, http.StatusConflict, codes.Aborted):
-		return "conflict"
-	case hasCode(err, http.StatusRequestTimeout, codes.DeadlineExceeded):
-		return "timeout"
-	case isAbsent(err),
-		isAnswer && (answer.Code < 500 || answer.Code == http.StatusNotImplemented),
-		isStatus && slices.Contains(finalCodes, s.Code()),
-		!isAnswer && neverPasses.MatchString(text),
-		errors.As(err, &issuer) && issuer.Response != nil && slices.Contains([]int{400, 401, 403}, issuer.Response.StatusCode):
-		return ""
-	case isAnswer, isStatus:
-		return "5xx"
-	case tokenFailed.MatchString(text):
-		return "token"
-	}
-	return "network"
-}
-
-// finalCodes are the answers over gRPC after which a request is not made again.
-var finalCodes = []codes.Code{codes.InvalidArgument, codes.PermissionDenied, codes.FailedPrecondition,
-	codes.OutOfRange, codes.Unimplemented, codes.Unauthenticated}
 
 var (
 	lacksPermission = regexp.MustCompile(`does not have (storage\.objects\.\w+) access`)

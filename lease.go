@@ -214,7 +214,7 @@ func (l *lease) release(ctx context.Context, keepID bool) error {
 // its request can still arrive. So fenceLateAcquire replaces it, with an object that
 // is given up and that nobody owns: then that request is refused.
 func (l *lease) fenceLateAcquire(ctx context.Context, id string) (held bool, err error) {
-	for l.gen == 0 && l.unanswered > 0 {
+	for refused := 0; l.gen == 0 && l.unanswered > 0; refused++ {
 		attrs, err := l.b.attrs(ctx, l.v, l.ext)
 		if err != nil || l.adopt(attrs) {
 			return err == nil, err
@@ -223,7 +223,7 @@ func (l *lease) fenceLateAcquire(ctx context.Context, id string) (held bool, err
 			return false, nil
 		}
 		_, err = l.b.put(ctx, l.v, l.ext, ifUnchanged(attrs), func() map[string]string { return marked(givenUp, id) }, l.body)
-		if !isPreconditionFailed(err) {
+		if !isPreconditionFailed(err) || refused == maxRefused {
 			return false, err
 		}
 	}

@@ -149,6 +149,8 @@ var outages = map[string]outage{
 	"metadata 429":       {fetchingToken(&metadata.Error{Code: 429}), "token"},
 	"metadata 503":       {fetchingToken(&metadata.Error{Code: 503}), "token"},
 	"issuer unreachable": {fmt.Errorf("auth: cannot fetch token: %w", dialing(syscall.EHOSTUNREACH)), "token"},
+	"issuer 503":         {errors.New("credentials: status code 503: x509: the proxy was answered with status code 403"), "token"},
+	"downscoping":        {errors.New("downscope: unable to exchange token, 500: {}"), "token"},
 	"issuer 502":         {&auth.Error{Response: &http.Response{StatusCode: 502}}, "token"},
 	"issuer 500":         {&oauth2.RetrieveError{Response: &http.Response{StatusCode: 500, Status: "500 oh"}}, "token"},
 }
@@ -255,6 +257,13 @@ func TestOutages(t *testing.T) {
 }
 
 func TestReasons(t *testing.T) {
+	for _, text := range []string{
+		"downscope: unable to exchange token, 403: {}", "downscope: unable to exchange token; 400. Server responded: {}",
+		"oauth2: token expired and refresh token is not set", `oauth2: "restricted_client"`, `oauth2: "consent_required"`,
+	} {
+		require.Empty(t, retryReason(errors.New(text)), text)
+		require.Empty(t, retryReason(status.Error(codes.Unauthenticated, "transport: per-RPC creds failed due to error: "+text)), text)
+	}
 	for name, outage := range outages {
 		require.Equal(t, outage.reason, retryReason(&url.Error{Op: "Get", URL: "https://storage.googleapis.com", Err: outage.err}), name)
 	}
@@ -489,6 +498,20 @@ func TestRetriesAreTold(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A refusal ends what is told of a request, and a listing's call tells of the version.
+func TestRefusalIsTold(t *testing.T) {
+	withStorage(t, func(t *testing.T, f *fakeGCS, _ *Storage) {
+		var log syncedLog
+		s := f.storage("m", log.option())
+		leaveUnfinished(f)
+		f.fault(fakegcs.HungApplied, first(2, on("", "patch", "")))
+		requireList(t, s, testModule, testVersion)
+		require.Len(t, log.lines(slog.LevelWarn), 2)
+		require.Contains(t, log.String(), `request="update of .mod" module=example.com/mod version=v1.0.0`)
+		require.Contains(t, log.String(), "a request that was tried again is answered")
+	})
 }
 
 // The last try of a request is cut when the time is up. Then the try before tells why the

@@ -2,13 +2,20 @@ package gcs
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
+	"regexp"
+	"slices"
 	"sync"
 	"time"
 
+	"cloud.google.com/go/auth"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
+	"google.golang.org/api/googleapi"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 const (
@@ -25,6 +32,70 @@ const (
 	// warnAfter is how long a request is tried again before the log says so.
 	warnAfter = 5 * time.Second
 )
+
+var (
+	// issuerAnswer finds the status with which a credential's issuer answered.
+	issuerAnswer = regexp.MustCompile(`(?:cannot fetch token:|status code:?|compute: Received|exchange token[,;]) (\d{3})`)
+	// neverPassing finds in the text of a request without an answer what no further try
+	// changes: a certificate, a URL, a credential that its issuer refuses, a key file
+	// that cannot be read, a client that is closed. Over gRPC the text is all that is left.
+	neverPassing = regexp.MustCompile(`x509: |tls: failed to verify certificate|protocol scheme|too many colons in address|` +
+		`(?:auth|oauth2): "(?:invalid|unauthorized|unsupported|access|account|deleted|disabled|admin|org|restricted|consent|interaction)_|` +
+		`refresh token is not set|` +
+		`parse private key|private key should be|open [^:]+: (?:no such file|permission denied)|client connection is closing`)
+	// tokenFailed finds that a token could not be fetched.
+	tokenFailed = regexp.MustCompile(`per-RPC creds failed|\b(?:auth|credentials|oauth2|google|impersonate|compute|downscope): `)
+	// noAnswer finds the statuses that grpc-go makes itself: a server sends others.
+	noAnswer = regexp.MustCompile(`desc = (?:transport|connection|last connection|the connection|closing transport|keepalive|` +
+		`error reading|name resolver|stream terminated|server closed|unexpected|malformed|EOF)`)
+)
+
+// retryReason returns why a request that failed so is made again, as the counter
+// gcs.retries has it, or "" if the failure is final. An answer of GCS decides by its
+// code. Without an answer, only what never passes is final: every change is
+// conditional, so another try can do no harm.
+func retryReason(err error) string {
+	if err == nil {
+		return ""
+	}
+	var answer *googleapi.Error
+	var issuer *auth.Error
+	text, isAnswer := err.Error(), errors.As(err, &answer)
+	s, isStatus := status.FromError(err)
+	isStatus = isStatus && !noAnswer.MatchString(text)
+	switch {
+	case isRateLimited(err):
+		return "429"
+	case hasCode(err, http.StatusConflict, codes.Aborted):
+		return "conflict"
+	case hasCode(err, http.StatusRequestTimeout, codes.DeadlineExceeded):
+		return "timeout"
+	case isAbsent(err),
+		isAnswer && (answer.Code < 500 || answer.Code == http.StatusNotImplemented),
+		isStatus && slices.Contains(finalCodes, s.Code()),
+		!isAnswer && neverPasses(text),
+		errors.As(err, &issuer) && issuer.Response != nil && slices.Contains([]int{400, 401, 403}, issuer.Response.StatusCode):
+		return ""
+	case isAnswer, isStatus:
+		return "5xx"
+	case tokenFailed.MatchString(text):
+		return "token"
+	}
+	return "network"
+}
+
+// neverPasses judges the text of a request without an answer. What the text quotes after
+// the issuer's status does not count.
+func neverPasses(text string) bool {
+	if issuer := issuerAnswer.FindStringSubmatch(text); issuer != nil {
+		return slices.Contains([]string{"400", "401", "403"}, issuer[1])
+	}
+	return neverPassing.MatchString(text)
+}
+
+// finalCodes are the answers over gRPC after which a request is not made again.
+var finalCodes = []codes.Code{codes.InvalidArgument, codes.PermissionDenied, codes.FailedPrecondition,
+	codes.OutOfRange, codes.Unimplemented, codes.Unauthenticated}
 
 // do makes a request, and makes it again when it is not answered in time, or fails
 // for a reason that may pass, until the context ends or retryLimit has passed. what
@@ -58,6 +129,7 @@ func (b *bucket) do(ctx context.Context, what string, timeout time.Duration, req
 		case reason == "" && b.insists && !isPreconditionFailed(err) && !isAbsentObject(err):
 			reason = "refused"
 		case reason == "":
+			t.done(isPreconditionFailed(err) || isAbsent(err))
 			return withHint(err)
 		}
 		err = t.failed(err, limited.Err() != nil)

@@ -186,8 +186,8 @@ func (g *saving) takeOver(ctx context.Context, seen snapshot, state State) error
 }
 
 // store uploads .info and .zip while it keeps the marker fresh.
-func (g *saving) store(ctx context.Context) (err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
+func (g *saving) store(caller context.Context) (err error) {
+	ctx, cancel := context.WithCancelCause(caller)
 	stop := g.lease.startRenewing(ctx, cancel, func() { g.s.telemetry.renewalsFailed.Add(ctx, 1) })
 	group, uploadCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return g.lease.upload(uploadCtx, extInfo, &g.leftovers.info, bytesSource(g.info)) })
@@ -197,7 +197,10 @@ func (g *saving) store(ctx context.Context) (err error) {
 			cancel(err)
 		}
 		if infoErr := group.Wait(); err != nil || infoErr != nil {
-			err = context.Cause(uploadCtx) // the first failure
+			// The first failure. Why the caller's context ended may be the error of another save.
+			if err = caller.Err(); err == nil {
+				err = context.Cause(uploadCtx)
+			}
 		}
 		stop() // a renewal in flight would be refused, but make the commit ask why
 		cancel(nil)

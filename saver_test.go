@@ -309,6 +309,18 @@ func TestSaveMD5(t *testing.T) {
 	}
 }
 
+// Why a caller's context ended can be the error of another save.
+func TestSaveEndsWithCause(t *testing.T) {
+	inCrowd(t, func(t *testing.T, f *fakeGCS) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Second, func() { cancel(errExists) })
+		err := contentOf("a", 100).saveSlowly(ctx, f.storage("a"), time.Minute)
+		requireKind(t, err, KindUnexpected)
+		require.ErrorIs(t, err, context.Canceled)
+		require.NoError(t, contentOf("b", 100).save(within(t, time.Second), f.storage("b")))
+	})
+}
+
 // The context ends at each request, before or after it was applied: the error
 // says so, and the next save need not wait.
 func TestSaveContextEnds(t *testing.T) {
