@@ -129,23 +129,31 @@ func TestErrorsOverBoth(t *testing.T) {
 		}
 		run(t, op, overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
 			storeVersion(f, testModule, testVersion)
-			fails := func(ctx context.Context, fault fakegcs.Fault, kind int, cause error) {
+			var longer time.Duration
+			if op == "Save" || op == "Stash" { // it gives up what it holds
+				longer = releaseTimeout
+			}
+			fails := func(ctx context.Context, fault fakegcs.Fault, takes time.Duration, kind int, cause error) {
 				f.onRequest(nil)
 				f.fault(fault, on("", "", ""))
+				start := time.Now()
 				err := everyCall(s)[op](ctx)
+				require.LessOrEqual(t, time.Since(start), takes+longer, fault)
 				requireError(t, err, kind, "gcs."+strings.TrimSuffix(op, " all"), of.Module, of.Version)
 				require.True(t, cause == nil || errors.Is(err, cause), "%v", err)
 			}
 			ended := contextEnds(t.Context(), 0)[0]
-			fails(ended, fakegcs.NoFault, ended.kind, ended.cause)
+			fails(ended, fakegcs.NoFault, 0, ended.kind, ended.cause)
 			for _, fault := range []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable} {
 				for i := range 2 {
 					ctx := contextEnds(t.Context(), time.Minute)[i]
-					fails(ctx, fault, ctx.kind, ctx.cause)
+					fails(ctx, fault, time.Minute, ctx.kind, ctx.cause)
 				}
 			}
-			fails(t.Context(), fakegcs.TooMany, KindRateLimit, nil)
-			fails(t.Context(), fakegcs.Unavailable, KindUnexpected, nil)
+			fails(t.Context(), fakegcs.TooMany, retryLimit, KindRateLimit, nil)
+			for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.Hung} {
+				fails(t.Context(), fault, retryLimit, KindUnexpected, nil)
+			}
 			synctest.Wait()
 			requireNothingInFlight(t, f)
 		})

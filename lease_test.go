@@ -567,23 +567,6 @@ func TestLateCreateAfterDelete(t *testing.T) {
 	})
 }
 
-// The listing that goes out beside the create shows a version that is deleted
-// before the create arrives, whose answer is lost. What is stored is this save's
-// own beginning, and not what the listing shows.
-func TestListingBesideLostCreate(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		old, a := contentOf("old", 100), contentOf("a", 100)
-		f.putAs(old, testVersionName, time.Now().Add(ago), nil, nil, allExts...)
-		f.fault(fakegcs.LostReset, first(1, on("a", "insert", extMod)))
-		f.atFirst(on("a", "insert", extMod), func() {
-			time.Sleep(time.Second) // the listing is answered
-			require.NoError(t, f.storage("d").Delete(t.Context(), testModule, testVersion))
-		})
-		require.NoError(t, a.save(t.Context(), f.storage("a")))
-		requireStored(t, f, a)
-	})
-}
-
 // An object that comes while a listing is made may not be on it, although the
 // .mod already says that it is there. A version is not taken over for that.
 func TestTakeoverNeedsTwoListings(t *testing.T) {

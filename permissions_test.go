@@ -1,7 +1,7 @@
 package gcs
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -39,37 +39,31 @@ func TestCheckPermissions(t *testing.T) {
 	})
 }
 
-func TestCheckNoBucket(t *testing.T) {
-	forEach(t, inCrowd, []int{0, http.StatusNotFound, http.StatusNotImplemented}, func(t *testing.T, f *fakeGCS, status int) {
-		f.AnswerPermissions(status)
-		err := NewStorage(f.Machine("a").Client.Bucket("other")).Check(t.Context())
-		requireError(t, err, KindNotFound, "gcs.Check", "", "")
-		require.ErrorIs(t, err, storage.ErrBucketNotExist)
-		require.ErrorContains(t, err, "other")
-	})
-}
-
-// An emulator that does not know the question is not asked again and again.
-func TestCheckWithoutPermissionCall(t *testing.T) {
-	forEach(t, inCrowd, []int{http.StatusNotFound, http.StatusNotImplemented}, func(t *testing.T, f *fakeGCS, status int) {
-		f.AnswerPermissions(status)
+// A server that does not know the question is asked once to list instead. An answer that
+// refuses the question, as that of a service perimeter, is the error.
+func TestCheckAnswers(t *testing.T) {
+	type answered struct {
+		bucket                 string
+		status, kind, requests int
+	}
+	forEach(t, inCrowd, []answered{
+		{fakegcs.Bucket, http.StatusNotFound, 0, 2}, {fakegcs.Bucket, http.StatusNotImplemented, 0, 2},
+		{fakegcs.Bucket, http.StatusForbidden, KindUnexpected, 1}, {fakegcs.Bucket, http.StatusUnauthorized, KindUnexpected, 1},
+		{"other", 0, KindNotFound, 2}, {"other", http.StatusNotFound, KindNotFound, 2}, {"other", http.StatusNotImplemented, KindNotFound, 2},
+	}, func(t *testing.T, f *fakeGCS, c answered) {
+		f.AnswerPermissions(c.status)
 		start := time.Now()
-		require.NoError(t, f.storage("a").Check(t.Context()))
-		require.Len(t, f.Log(), 2)
+		err := NewStorage(f.Machine("a").Client.Bucket(c.bucket)).Check(t.Context())
 		require.Less(t, time.Since(start), time.Second)
-	})
-}
-
-// The bucket that cannot be listed either is not let through, and the error is
-// the answer to the question.
-func TestCheckNothingPermitted(t *testing.T) {
-	// A service perimeter forbids the question, and a caller without credentials is not known.
-	forEach(t, inCrowd, []int{http.StatusForbidden, http.StatusUnauthorized}, func(t *testing.T, f *fakeGCS, status int) {
-		f.AnswerPermissions(status)
-		err := f.storage("a").Check(t.Context())
-		requireError(t, err, KindUnexpected, "gcs.Check", "", "")
-		require.True(t, hasCode(err, status, 0))
-		require.Len(t, f.Log(), 1, "a list would say nothing of the permissions")
+		require.Len(t, f.Log(), c.requests)
+		if c.kind == 0 {
+			require.NoError(t, err)
+			return
+		}
+		requireError(t, err, c.kind, "gcs.Check", "", "")
+		require.ErrorContains(t, err, c.bucket)
+		require.Equal(t, c.kind == KindNotFound, errors.Is(err, storage.ErrBucketNotExist))
+		require.Equal(t, c.kind == KindUnexpected, hasCode(err, c.status, 0) && c.bucket == fakegcs.Bucket)
 	})
 }
 
@@ -77,34 +71,8 @@ func TestCheckFaults(t *testing.T) {
 	faults := []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostReset, fakegcs.LostEOF, fakegcs.LostBody, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung}
 	forEach(t, inCrowd, faults, func(t *testing.T, f *fakeGCS, fault fakegcs.Fault) {
 		f.fault(fault, func(r *fakegcs.Request) bool { return r.N == 0 })
-		start := time.Now()
-		require.NoError(t, f.storage("a").Check(t.Context()))
+		require.NoError(t, f.storage("a").Check(within(t, requestTimeout+2*time.Second)))
 		require.Len(t, f.Log(), 2)
-		require.Less(t, time.Since(start), requestTimeout+2*time.Second)
-	})
-}
-
-// A bucket that cannot be reached is asked one question, for as long as any other.
-func TestCheckUnreachable(t *testing.T) {
-	for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.TooMany, fakegcs.Hung} {
-		run(t, fault.String(), overBoth, func(t *testing.T, f *fakeGCS, s *Storage) {
-			f.fault(fault, on("", "", ""))
-			start := time.Now()
-			require.Error(t, s.Check(t.Context()))
-			require.Less(t, time.Since(start), retryLimit+time.Minute)
-		})
-	}
-}
-
-func TestCheckContextEnds(t *testing.T) {
-	const wait = 10 * time.Second
-	forEach(t, inCrowd, []fakegcs.Fault{fakegcs.Hung, fakegcs.Unavailable}, func(t *testing.T, f *fakeGCS, fault fakegcs.Fault) {
-		f.fault(fault, on("", "", ""))
-		start, s := time.Now(), f.storage("a")
-		err := s.Check(within(t, wait))
-		requireError(t, err, KindGatewayTimeout, "gcs.Check", "", "")
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.Equal(t, wait, time.Since(start))
 	})
 }
 

@@ -1,6 +1,7 @@
 package gcs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,12 +44,11 @@ import (
 //
 // The zip is read in the caller's goroutine. Save looks at its context between two reads;
 // a Read that blocks cannot be interrupted. A reader that returns nothing a hundred times
-// in a row fails with io.ErrNoProgress. A panic in Read goes on after the marker is given
-// up.
+// in a row fails with io.ErrNoProgress. When Read panics, Save gives its marker up first.
 //
 // Save makes 4 requests for a new version, 3 of them one after another, and 2 for a
 // complete version. A zip over 1 MiB costs one request more, if it can be sent only once,
-// and one for each chunk. A long save costs one renewal in a quarter of the stale
+// and one for each chunk, if there are several. A long save costs one renewal in a quarter of the stale
 // threshold. Save holds a zip of up to 1 MiB in memory, and one chunk of a larger one. It
 // leaves no goroutine behind. It is safe for concurrent use.
 func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) (err error) {
@@ -197,10 +197,8 @@ func (g *saving) store(caller context.Context) (err error) {
 			cancel(err)
 		}
 		if infoErr := group.Wait(); err != nil || infoErr != nil {
-			// The first failure. Why the caller's context ended may be the error of another save.
-			if err = caller.Err(); err == nil {
-				err = context.Cause(uploadCtx)
-			}
+			// Why the caller's context ended may be the error of another save.
+			err = cmp.Or(caller.Err(), context.Cause(uploadCtx)) // the first failure
 		}
 		stop() // a renewal in flight would be refused, but make the commit ask why
 		cancel(nil)
