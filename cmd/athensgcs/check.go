@@ -31,7 +31,7 @@ Exit status:
     2  not everything could be looked at, or there is nothing of the module or
        below the prefix
 
-With -json, every version gets a line.
+With -json, every version gets a line. The summary is the last line.
 
 Examples:
     athensgcs check -bucket my-modules

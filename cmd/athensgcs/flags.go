@@ -35,7 +35,7 @@ func (p *program) flags(command *command) *flag.FlagSet {
 	f.StringVar(&p.prefix, "prefix", "", "`prefix` of the names of all objects, such as athens/")
 	p.stale = duration(gcs.DefaultStaleThreshold)
 	f.Var(&p.stale, "stale", "`time` after which a save that shows no sign of life is abandoned: use the value of the servers")
-	f.BoolVar(&p.json, "json", false, "a line of JSON for each version, and the summary last")
+	f.BoolVar(&p.json, "json", false, "print JSON, a line for each version")
 	f.BoolVar(&p.grpc, "grpc", false, "talk gRPC to the storage")
 	if command.flags != nil {
 		command.flags(p, f)

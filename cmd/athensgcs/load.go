@@ -31,7 +31,8 @@ roles/storage.objectUser permits it.
 Exit status: 0 if every zip of the source is in the bucket now, 1 if one was refused,
 2 if the source or the bucket could not be read or written.
 
-With -json, every version has a line, also one without a zip.
+With -json, every version has a line, also one without a zip. The summary is the last
+line.
 
 Examples:
     athensgcs load -bucket my-modules "$(go env GOMODCACHE)/cache/download"

@@ -28,7 +28,8 @@ Exit status:
     2  not everything could be repaired, or there is nothing of the module or below
        the prefix
 
-With -json, every version gets a line, also one that needs no repair.
+With -json, every version gets a line, also one that needs no repair. The summary is
+the last line.
 
 Examples:
     athensgcs repair -bucket my-modules -dry-run

@@ -30,7 +30,8 @@ Exit status:
        or there is nothing of the module or below the prefix
 
 With -json, every version that was looked at gets a line, also one that is not
-complete. An outcome is right, wrong, not complete, odd name, gone or failed.
+complete. An outcome is right, wrong, not complete, odd name, gone or failed. The
+summary is the last line.
 
 Examples:
     athensgcs verify -bucket my-modules
