@@ -19,7 +19,8 @@
 // key in-progress in the metadata of the .mod. Its value is the time at which the
 // saver last renewed it. A marker is fresh while that time is less than the stale
 // threshold away (2 minutes, see [WithStaleThreshold]); otherwise it is stale. To
-// commit is to remove the marker.
+// commit is to remove the marker. A .mod with the marker of an older Athens, the key
+// in_progress, names no save: three objects beside it count as one save's.
 //
 //	state        marker  objects         who moves it, and to which state
 //	Absent       -       none            Save creates a marked .mod: InProgress
@@ -73,8 +74,9 @@
 // A listing shows each object as it was at some moment, but not all at the same moment.
 //
 //   - One listing proves Complete if .info and .zip name the generation of the listed
-//     .mod, or none: a .mod that was committed stays so until it is deleted. Otherwise
-//     the version is listed again, and is complete if nothing has changed.
+//     .mod, or name no generation: a .mod that was committed stays so until it is
+//     deleted. Otherwise the version is listed again, and is complete if nothing has
+//     changed.
 //   - One listing proves Unfinished. The commit is conditional on the listed .mod.
 //     While that is live, nobody replaces .info and .zip of its save.
 //   - One listing does not prove that an object is missing. The object may have come
