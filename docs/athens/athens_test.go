@@ -126,18 +126,26 @@ func TestInstall(t *testing.T) {
 	require.NoError(t, err)
 	require.Regexp(t, `^version unset built \d{4}(-\d\d){2}-\d\d:\d\d:\d\d-UTC\n$`, version)
 
+	require.NoDirExists(t, filepath.Join(a.dir, "vendor"))
+
 	a.runTests()
 
-	// A second time nothing changes but the program. There is nothing new to compile.
-	a.program("go", `case $1 in build) exec touch "$3" ;; mod) [ "$2" = tidy ] || exec '`+a.goCommand+`' "$@" ;; esac`)
+	// A second time nothing changes but the program, and the dependencies if they are
+	// vendored. There is nothing new to compile.
+	a.program("go", `case "$1 $2" in build*) exec touch "$3" ;; "mod tidy" | vet*) ;;
+"mod vendor") grep -q 'github.com/athensgcs/gcs => .*\.\./\.\./' go.mod && echo new >vendor/modules.txt ;;
+*) exec '`+a.goCommand+`' "$@" ;; esac`)
 	require.NoError(t, os.RemoveAll(filepath.Dir(program)))
 	delete(installed, "bin/athens-proxy")
+	a.write("vendor/modules.txt", "old\n")
+	installed["vendor/modules.txt"] = "new\n"
 	out, err = a.install("../elsewhere/proxy")
 	require.NoError(t, err, "%s", out)
 	program = filepath.Join(filepath.Dir(a.dir), "elsewhere/proxy")
 	require.FileExists(t, program)
 	require.Equal(t, installed, a.files())
 	require.NotRegexp(t, "wrote|removed", out)
+	require.Contains(t, out, "vendored "+filepath.Join(a.dir, "vendor")+"\n")
 }
 
 // runTests runs the tests that are installed, and those of testdata, on the emulator.
