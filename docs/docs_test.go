@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -50,6 +51,7 @@ func TestCosts(t *testing.T) {
 	guide, costs := read(t, "operations.md"), map[string]int{}
 	one := func(ctx context.Context, s *gcs.Storage) error { return save(ctx, s, 100) }
 	large := func(ctx context.Context, s *gcs.Storage) error { return save(ctx, s, 1<<20+1) }
+	chunks := func(ctx context.Context, s *gcs.Storage) error { return save(ctx, s, 4<<20+1) }
 	exists := func(ctx context.Context, s *gcs.Storage) error { _, err := s.Exists(ctx, mod, ver); return err }
 	stash := func(ctx context.Context, s *gcs.Storage) error {
 		_, err := s.SingleFlight(stasher(func(ctx context.Context, _, ver string) (string, error) {
@@ -72,6 +74,7 @@ func TestCosts(t *testing.T) {
 	}{
 		{"`Save` of a new version", "", nil, 1, one},
 		{"`Save` of a new version, its zip over 1 MiB, in one chunk, and read once", "", nil, 1, large},
+		{"`Save` of a new version, its zip in three chunks, and read once", "", nil, 1, chunks},
 		{"`Save` of a complete version", "info mod zip", nil, 1, one},
 		{"`Save` of an unfinished version", "info mod zip", stale, 1, one},
 		{"`Save` over an abandoned version", "mod", stale, 1, one},
@@ -106,7 +109,7 @@ func TestCosts(t *testing.T) {
 						bucket.Put(fmt.Sprintf("%s/@v/v1.0.%d.%s", mod, i, ext), nil, metadata)
 					}
 				}
-				assert.NoError(t, test.do(t.Context(), gcs.NewStorage(bucket.Machine("m").Bucket)))
+				assert.NoError(t, test.do(t.Context(), gcs.NewStorage(bucket.Machine("m").Bucket, gcs.WithChunkSize(2<<20))))
 				synctest.Wait()
 				log := bucket.Log()
 				costs[test.call] = len(log)
@@ -117,6 +120,48 @@ func TestCosts(t *testing.T) {
 	}
 	assert.Contains(t, read(t, "../README.md"), fmt.Sprintf("costs %d requests, or %d with the single flight",
 		costs["`Save` of a new version"], costs["`Stash` of a new version, with its `Save`"]))
+}
+
+// TestSlowLines expects operations.md to show for how long a chunk of a zip may be under
+// way, and what a line has to carry.
+func TestSlowLines(t *testing.T) {
+	seconds := func(chunk int) (s int) {
+		synctest.Test(t, func(t *testing.T) {
+			bucket := fakegcs.New()
+			defer bucket.Close()
+			var hung atomic.Bool
+			bucket.OnRequest(func(_ context.Context, r *fakegcs.Request) fakegcs.Fault {
+				if r.Op == "chunk" && !hung.Swap(true) {
+					return fakegcs.Hung
+				}
+				return fakegcs.NoFault
+			})
+			assert.NoError(t, save(t.Context(), gcs.NewStorage(bucket.Machine("m").Bucket, gcs.WithChunkSize(chunk)), 16<<20+1))
+			var starts []time.Time
+			for _, r := range bucket.Log() {
+				if r.Op == "chunk" || r.Op == "query" {
+					starts = append(starts, r.Start)
+				}
+			}
+			s = int(starts[1].Sub(starts[0]).Seconds())
+		})
+		return s
+	}
+	large, small := seconds(16<<20), seconds(256<<10)
+	least := func(kib, seconds int) int { return (kib + seconds - 1) / seconds }
+	assert.Contains(t, strings.ReplaceAll(read(t, "operations.md"), "\n", " "), fmt.Sprintf(
+		"A chunk of 16 MiB has %d s, one of 256 KiB %d s. So a line below %d KiB per second needs smaller chunks, and below %d KiB none",
+		large, small, least(16<<10, large), least(256, small)))
+}
+
+// TestMemory expects the documents to show what TestBudgetMemory holds a save below.
+func TestMemory(t *testing.T) {
+	budget := read(t, "../budget_test.go")
+	assert.Contains(t, budget, `{"just under 1 MiB", mib - 1, nil, 2 * mib}`)
+	assert.Contains(t, budget, "nil, defaultChunkSize + 2*mib}")
+	for _, name := range []string{"operations.md", "athens.md"} {
+		assert.Contains(t, strings.ReplaceAll(read(t, name), "\n", " "), "allocates under 2 MiB, or under 18 MiB for a zip over 1 MiB", name)
+	}
 }
 
 // TestSignatures expects the signatures of the README to be those of the source.
