@@ -77,24 +77,6 @@ func TestBudgetLeftovers(t *testing.T) {
 	}
 }
 
-// A save that waits for another for half a minute looks 24 times at most, and returns 2 s
-// after it at most.
-func TestBudgetWaits(t *testing.T) {
-	inBubble(t, func(t *testing.T, f *fakeGCS) {
-		var done time.Time
-		wait := alongside(func() {
-			require.NoError(t, contentOf("a", 100).saveSlowly(t.Context(), f.storage("a"), 30*time.Second))
-			done = time.Now()
-		})
-		time.Sleep(time.Second)
-		requireKind(t, contentOf("b", 100).save(t.Context(), f.storage("b")), KindAlreadyExists)
-		end := time.Now()
-		wait()
-		require.Less(t, end.Sub(done), 2*time.Second)
-		require.LessOrEqual(t, f.count(on("b", "list", "")), 24)
-	})
-}
-
 // A zip whose head is at fault costs nothing.
 func TestBudgetNothing(t *testing.T) {
 	forNamed(t, inBubble, map[string]io.Reader{

@@ -37,6 +37,7 @@ import (
 //
 // All objects of a run are below a random prefix. Each row removes its own.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	for _, c := range columns {
 		t.Run(c.name, func(t *testing.T) {
 			if c.lacks != nil {

@@ -121,6 +121,7 @@ func TestForbiddenOverBoth(t *testing.T) {
 // retries is one; other answers that outlast them are unexpected. The error says which call
 // of what version it was.
 func TestErrorsOverBoth(t *testing.T) {
+	t.Parallel()
 	about := map[string]ModuleVersion{"List": {testModule, ""}, "Scan": {testModule, ""}, "Catalog": {}, "Scan all": {}, "Check": {}}
 	for op := range everyCall(nil) {
 		of, ok := about[op]

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"reflect"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -28,8 +29,10 @@ import (
 )
 
 // TestMain collects garbage less often, which spares the suite a fifth of its time.
-// Benchmarks report the heap in use, and run as users would.
+// Benchmarks report the heap in use, and run as users would. One test more than there are
+// processors runs at once, since some wait for servers.
 func TestMain(m *testing.M) {
+	flag.Set("test.parallel", fmt.Sprint(runtime.GOMAXPROCS(0)+1))
 	flag.Parse()
 	if flag.Lookup("test.bench").Value.String() == "" {
 		debug.SetGCPercent(400)

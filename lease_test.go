@@ -226,6 +226,7 @@ func TestGiveUp(t *testing.T) {
 // the clocks say, the first waits as long as the .mod of the second is there, is not given
 // up, and has changed within the threshold.
 func TestFencedWaits(t *testing.T) {
+	t.Parallel()
 	type successor struct {
 		rest io.Reader // of its zip
 		end  func(ctx context.Context, f *fakeGCS, b *fakegcs.Machine)

@@ -173,7 +173,7 @@ func TestSaveOverLeftovers(t *testing.T) {
 // A loser is told that the version exists when all of it does, and soon then. It
 // asks less than once a second.
 func TestSaveWaits(t *testing.T) {
-	times := []time.Duration{100 * time.Millisecond, time.Second, 20 * time.Second, time.Minute, 3 * time.Minute, 10 * time.Minute, time.Hour}
+	times := []time.Duration{100 * time.Millisecond, time.Second, 20 * time.Second, 30 * time.Second, time.Minute, 3 * time.Minute, 10 * time.Minute, time.Hour}
 	forEach(t, inBubble, times, func(t *testing.T, f *fakeGCS, takes time.Duration) {
 		a, b := contentOf("a", 100), contentOf("b", 100)
 		var done time.Time
@@ -191,6 +191,9 @@ func TestSaveWaits(t *testing.T) {
 		if takes >= 20*time.Second {
 			require.LessOrEqual(t, late, waited/10+40*time.Millisecond)
 			require.Less(t, len(requestsOf(f, "b")), int(waited.Seconds()))
+		}
+		if takes == 30*time.Second {
+			require.LessOrEqual(t, f.count(on("b", "list", "")), 24)
 		}
 	})
 }

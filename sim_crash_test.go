@@ -248,6 +248,7 @@ func crashScenes() []crashScene {
 // when the marker is stale, and the version is one save's. If what a crash leaves is new,
 // the next machine crashes too, at each of its requests.
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	var known sync.Map // what crashes leave
 	for _, sc := range crashScenes() {
 		t.Run(sc.name, func(t *testing.T) {

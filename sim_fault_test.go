@@ -131,6 +131,7 @@ func (sc faultScene) play(t *testing.T, at string, fault fakegcs.Fault) (end end
 // One fault, of each kind and at each request, changes nothing but how long a
 // call takes.
 func TestOneFault(t *testing.T) {
+	t.Parallel()
 	for _, sc := range faultScenes() {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()

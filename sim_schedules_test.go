@@ -834,6 +834,7 @@ func scenes() []scene {
 }
 
 func TestSchedules(t *testing.T) {
+	t.Parallel()
 	path, replay := os.LookupEnv("GCS_SCHEDULE")
 	all := replay || os.Getenv("GCS_SCHEDULES") == "all"
 	limit, _ := time.ParseDuration(os.Getenv("GCS_SCHEDULES_LIMIT"))

@@ -42,6 +42,7 @@ const (
 // to 17. A seed decides all that happens but the pauses of the client in an upload in
 // chunks, before it tries again: a seed that failed fails again.
 func TestStorm(t *testing.T) {
+	t.Parallel()
 	from, to := uint64(1), uint64(stormSeeds)
 	if testing.Short() {
 		to /= 10

@@ -966,6 +966,7 @@ func TestSingleFlightFaults(t *testing.T) {
 // marker of the save that was under way, is stale. A claim that is left beside a
 // version that is stored is removed by the next flight, or by Repair.
 func TestSingleFlightCrashes(t *testing.T) {
+	t.Parallel()
 	const threshold = 20 * time.Second
 	for _, fault := range crashes {
 		for _, repair := range []bool{false, true} {

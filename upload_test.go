@@ -292,6 +292,7 @@ func TestUpload(t *testing.T) {
 // What GCS refuses again and again, or never answers, ends a save that has no deadline after
 // some minutes, and the kind says why.
 func TestSaveRetriesEnd(t *testing.T) {
+	t.Parallel()
 	for _, at := range []string{"list", "insert", "patch", "start", "chunk", "start once", "chunk once"} {
 		for fault, kind := range map[fakegcs.Fault]int{fakegcs.TooMany: KindRateLimit, fakegcs.Unavailable: KindUnexpected, fakegcs.Hung: KindUnexpected} {
 			op, once, _ := strings.Cut(at, " ")

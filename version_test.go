@@ -144,10 +144,7 @@ func FuzzObjectName(f *testing.F) {
 func TestNamed(t *testing.T) {
 	for _, ext := range []string{extInfo, extZip} {
 		for marker, state := range map[string]State{"": Partial, marked(givenUp, "a")[keyInProgress]: Abandoned} {
-			s := snapshot{}
-			for _, e := range []string{extInfo, extMod, extZip} {
-				*s.slot(e) = &storage.ObjectAttrs{Generation: 1, Metadata: map[string]string{keySaveID: "a", keyGeneration: "1"}}
-			}
+			s := snapshotOf(7, time.Now(), [3]string{"a", "a", "a"})
 			s.mod.Metadata[keyInProgress] = marker
 			(*s.slot(ext)).Metadata[keyGeneration] = "2"
 			require.Equal(t, state, s.classify(time.Now(), DefaultStaleThreshold), ext)
