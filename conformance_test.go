@@ -103,10 +103,7 @@ func (c column) run(t *testing.T) {
 	t.Run("abilities", func(t *testing.T) {
 		below(t, root+"abilities/", false, func(sub *subject, t *testing.T) { c.lacks = sub.abilities(t) })
 	})
-	for _, half := range []string{"plain", "prefix"} {
-		if testing.Short() && half == "plain" {
-			continue
-		}
+	for _, half := range some("prefix", "plain") {
 		t.Run(half, func(t *testing.T) {
 			// More rows run at once than t.Parallel allows, for they mostly wait.
 			var group errgroup.Group

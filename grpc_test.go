@@ -152,7 +152,7 @@ func TestErrorsOverBoth(t *testing.T) {
 				}
 			}
 			fails(t.Context(), fakegcs.TooMany, retryLimit, KindRateLimit, nil)
-			for _, fault := range []fakegcs.Fault{fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Unavailable, fakegcs.Hung} {
+			for _, fault := range some(fakegcs.Unavailable, fakegcs.ConnectionRefused, fakegcs.LostEOF, fakegcs.Hung) {
 				fails(t.Context(), fault, retryLimit, KindUnexpected, nil)
 			}
 			synctest.Wait()

@@ -569,6 +569,14 @@ func forEveryCall(t *testing.T, make func(f *fakeGCS) *Storage, test func(t *tes
 	}
 }
 
+// some returns the cases, and with -short the first alone.
+func some[C any](cases ...C) []C {
+	if testing.Short() {
+		return cases[:1]
+	}
+	return cases
+}
+
 // readFunc is a reader made of a function.
 type readFunc func([]byte) (int, error)
 

@@ -234,7 +234,7 @@ func TestFencedWaits(t *testing.T) {
 	}
 	const takes, patience = 10 * time.Minute, DefaultStaleThreshold
 	b := contentOf("b", 100)
-	for _, skew := range []time.Duration{-time.Hour, 0, time.Hour} {
+	for _, skew := range some(0, -time.Hour, time.Hour) {
 		for name, c := range map[string]successor{
 			"completes": {rest: bytes.NewReader(b.zip[2:])},
 			"fails":     {rest: iotest.ErrReader(io.ErrUnexpectedEOF)},

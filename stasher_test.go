@@ -969,7 +969,7 @@ func TestSingleFlightCrashes(t *testing.T) {
 	t.Parallel()
 	const threshold = 20 * time.Second
 	for _, fault := range crashes {
-		for _, repair := range []bool{false, true} {
+		for _, repair := range some(true, false) {
 			t.Run(fmt.Sprintf("%v repair %v", fault, repair), func(t *testing.T) {
 				stayed := 0
 				forEachRequest(t, inCrowd, fault, func(t *testing.T, f *fakeGCS, n int, met *bool) {
