@@ -6,8 +6,11 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"time"
 
 	"cloud.google.com/go/storage"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // A SizeReadCloser is a stream of known length.
@@ -86,6 +89,7 @@ type zipReader struct {
 
 	r      *storage.Reader // nil when it has to be opened
 	cancel context.CancelFunc
+	stall  *time.Timer // cancels a read that gets nothing
 }
 
 func (z *zipReader) Size() int64 { return z.attrs.Size }
@@ -107,29 +111,50 @@ func (z *zipReader) Read(p []byte) (n int, err error) {
 	return n, z.s.wrapError(z.ctx, "Zip", z.v, z.err)
 }
 
-// read reads once, for as long as it takes to get an answer.
+// errStalled is the error of a read that got nothing.
+var errStalled = status.Error(codes.DeadlineExceeded, "the stream stalled")
+
+// read reads once, for as long as it takes to get an answer. As a rule the stream is open
+// and goes on, which costs a timer and nothing else.
 func (z *zipReader) read(p []byte) (n int, err error) {
+	var broken error
+	if z.r != nil {
+		z.stall.Reset(requestTimeout)
+		n, broken = z.next(p)
+		if stalled := !z.stall.Stop(); broken == nil {
+			return n, nil
+		} else if stalled {
+			broken = errStalled
+		}
+	}
 	err = z.s.bucket.do(z.ctx, "read of .zip", requestTimeout, func(ctx context.Context) error {
+		if err := broken; err != nil {
+			broken = nil
+			return err
+		}
 		n, err = z.try(ctx, p)
 		return err
 	})
 	return n, err
 }
 
-// try reads once, from where the stream is, and opens it before if need be. ctx bounds
-// the wait, and not the stream. What comes with an error is read again.
+// try opens the stream where it was, and reads once. ctx bounds the wait, and not the
+// stream.
 func (z *zipReader) try(ctx context.Context, p []byte) (n int, err error) {
-	streamCtx := z.ctx
-	if z.r == nil {
-		streamCtx, z.cancel = context.WithCancel(z.ctx)
+	streamCtx, cancel := context.WithCancel(z.ctx)
+	z.cancel, z.stall = cancel, time.AfterFunc(retryLimit, cancel)
+	z.stall.Stop()
+	defer context.AfterFunc(ctx, cancel)()
+	if err = z.open(streamCtx); err != nil {
+		z.drop()
+		return 0, err
 	}
-	defer context.AfterFunc(ctx, z.cancel)()
-	if z.r == nil {
-		err = z.open(streamCtx)
-	}
-	if err == nil {
-		n, err = z.r.Read(p)
-	}
+	return z.next(p)
+}
+
+// next reads once from the open stream. What comes with an error is read again.
+func (z *zipReader) next(p []byte) (n int, err error) {
+	n, err = z.r.Read(p)
 	if err == io.EOF && z.end < 0 {
 		z.end = z.offset + int64(n)
 	}

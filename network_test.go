@@ -306,11 +306,12 @@ func TestZipStream(t *testing.T) {
 			for i, fault := range test.faults {
 				f.fault(fault, nth("edited", i))
 			}
-			start := time.Now()
+			w, start := watch(t), time.Now()
 			r, err := f.edited(test.edit).Zip(t.Context(), testModule, testVersion)
 			require.NoError(t, err)
 			got, err := io.ReadAll(r)
 			require.InDelta(t, test.takes.Seconds(), time.Since(start).Seconds(), 2)
+			require.Equal(t, test.takes > 0, w.measure("gcs.retries", "{retry}")["timeout"] > 0)
 			if test.fails != "" {
 				requireError(t, err, KindUnexpected, "gcs.Zip", testModule, testVersion)
 				require.ErrorContains(t, err, test.fails)
@@ -518,9 +519,8 @@ func TestRefusalIsTold(t *testing.T) {
 // request failed.
 func TestCutTry(t *testing.T) {
 	withStorage(t, func(t *testing.T, f *fakeGCS, s *Storage) {
-		f.onRequest(func(r *fakegcs.Request) fakegcs.Fault {
-			return map[int]fakegcs.Fault{0: fakegcs.Unavailable, 1: fakegcs.Hung}[r.N]
-		})
+		f.fault(fakegcs.Hung, nth("m", 1))
+		f.fault(fakegcs.Unavailable, nth("m", 0))
 		_, err := s.Info(within(t, requestTimeout), testModule, testVersion)
 		requireKind(t, err, KindGatewayTimeout)
 		var answer *googleapi.Error
