@@ -275,16 +275,6 @@ func TestFencedWaits(t *testing.T) {
 	}
 }
 
-// GCS refuses for other reasons than the condition, too.
-func TestLateCreateRefused(t *testing.T) {
-	inCrowd(t, func(t *testing.T, f *fakeGCS) {
-		f.fault(fakegcs.PreconditionFailed, on("a", "insert", extMod))
-		f.fault(fakegcs.Hung, first(1, on("a", "insert", extMod)))
-		require.Error(t, contentOf("a", 100).save(t.Context(), f.storage("a")))
-		require.Less(t, len(f.Log()), 100)
-	})
-}
-
 func TestRenewals(t *testing.T) {
 	// A zip that takes longer than the stale threshold is not taken over, because
 	// its marker is renewed; after it, the commit waits until it may.

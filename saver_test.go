@@ -396,14 +396,17 @@ func TestSaveLateObject(t *testing.T) {
 
 // A refusal that is none of the preconditions' doing ends the save.
 func TestSaveRefusedForOtherReasons(t *testing.T) {
-	for at, most := range map[string]int{"insert mod": 40, "patch mod": 40, "insert info": 10} {
+	for at, most := range map[string]int{"insert mod": 40, "patch mod": 40, "insert info": 10, "insert mod after one hung": 100} {
 		run(t, at, inBubble, func(t *testing.T, f *fakeGCS) {
-			op, ext, _ := strings.Cut(at, " ")
+			op, ext := strings.Fields(at)[0], strings.Fields(at)[1]
 			if ext == extInfo {
 				leave(f, nil, extInfo)
 				time.Sleep(time.Second)
 			}
 			f.fault(fakegcs.PreconditionFailed, on("", op, ext))
+			if strings.HasSuffix(at, "hung") {
+				f.fault(fakegcs.Hung, first(1, on("", op, ext)))
+			}
 			err := contentOf("a", 100).save(t.Context(), f.storage("a"))
 			requireKind(t, err, KindUnexpected)
 			require.True(t, isPreconditionFailed(err))

@@ -314,20 +314,27 @@ func (m *stormMachine) observe(call, vers string, do func(o *history.Observation
 
 // mustNotFail tells of a call that failed although it need not have.
 func (m *stormMachine) mustNotFail(ctx context.Context, o *history.Observation) {
-	if o.Outcome == history.Failed && ctx.Err() == nil && !(errors.Is(o.Err, errFenced) && m.wasFenced(o)) {
+	fenced := o.Call == "Save" && errors.Is(o.Err, errFenced) && m.modChanges(o, "delete", "insert") > 0
+	// A saver renews each second, and after a 429 a change waits as long.
+	outrun := isPreconditionFailed(o.Err) && m.modChanges(o, "patch") >= maxRefused
+	if o.Outcome == history.Failed && ctx.Err() == nil && !fenced && !outrun {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.report("a call fails without a reason:\n\t" + o.String())
 	}
 }
 
-// wasFenced reports whether another has replaced or deleted the .mod during a save.
-func (m *stormMachine) wasFenced(o *history.Observation) bool {
-	return o.Call == "Save" && slices.ContainsFunc(m.f.Log(), func(r fakegcs.Request) bool {
-		return r.Applied && (r.Op == "delete" || r.Op == "insert" && r.Machine != o.Who) &&
+// modChanges counts the requests of those kinds that have changed the .mod during a call,
+// but for its own inserts.
+func (m *stormMachine) modChanges(o *history.Observation, ops ...string) (n int) {
+	for _, r := range m.f.Log() {
+		if r.Applied && slices.Contains(ops, r.Op) && (r.Op != "insert" || r.Machine != o.Who) &&
 			strings.HasSuffix(r.Object, ModuleVersion{stormModule, o.Version}.object(extMod)) &&
-			(r.End.IsZero() || !r.End.Before(m.began.Add(o.From))) && r.Start.Before(m.began.Add(o.Till))
-	})
+			(r.End.IsZero() || !r.End.Before(m.began.Add(o.From))) && r.Start.Before(m.began.Add(o.Till)) {
+			n++
+		}
+	}
+	return n
 }
 
 func (w *storm) begin(o *history.Observation) *history.Observation {
