@@ -160,7 +160,7 @@ func isAbsentObject(err error) bool {
 
 // isForbidden reports whether GCS refused access, for a reason that does not pass.
 func isForbidden(err error) bool {
-	return hasCode(err, http.StatusForbidden, codes.PermissionDenied) && !rateLimited.MatchString(err.Error())
+	return hasCode(err, http.StatusForbidden, codes.PermissionDenied) && !isRateLimited(err)
 }
 
 // rateLimited finds the reasons with which GCS limits a caller's rate, beside 429.
@@ -168,7 +168,7 @@ var rateLimited = regexp.MustCompile(`(?i)rate_?limit_?exceeded`)
 
 func isRateLimited(err error) bool {
 	return hasCode(err, http.StatusTooManyRequests, codes.ResourceExhausted) ||
-		hasCode(err, http.StatusForbidden, codes.PermissionDenied) && !isForbidden(err)
+		hasCode(err, http.StatusForbidden, codes.PermissionDenied) && rateLimited.MatchString(err.Error())
 }
 
 var (
