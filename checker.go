@@ -36,7 +36,6 @@ func (s *Storage) isComplete(ctx context.Context, v ModuleVersion, listed *snaps
 // unfinished version, which it reports. listed is a listing that was made already, or
 // nil.
 func (s *Storage) settle(ctx context.Context, v ModuleVersion, listed *snapshot) (seen snapshot, state State, finished bool, err error) {
-	ctx = context.WithValue(ctx, versionKey{}, v) // a listing's call is about no version
 	err = s.bucket.change(ctx, v, listed, func(now snapshot) (err error) {
 		seen = now
 		if state, err = s.inspect(ctx, v, seen); state != Unfinished || err != nil {

@@ -209,6 +209,7 @@ func (s *Storage) completed(ctx context.Context, prefix, after string, size int)
 		for found, err := range s.scan(ctx, prefix, after, size, inDoubt) {
 			complete := found.state == Complete
 			if err == nil && found.state == Unfinished {
+				ctx := context.WithValue(ctx, versionKey{}, found.ModuleVersion) // the call is about no version
 				_, complete, err = s.isComplete(ctx, found.ModuleVersion, &found.snapshot)
 			}
 			if (complete || err != nil) && !yield(found.ModuleVersion, err) {
