@@ -48,9 +48,9 @@ import (
 //
 // Save makes 4 requests for a new version, 3 of them one after another, and 2 for a
 // complete version. A zip over 1 MiB costs one request more, if it can be sent only once,
-// and one for each chunk, if there are several. A long save costs one renewal in a quarter of the stale
-// threshold. Save holds a zip of up to 1 MiB in memory, and one chunk of a larger one. It
-// leaves no goroutine behind. It is safe for concurrent use.
+// and one for each chunk, if there are several. A long save costs one renewal in a
+// quarter of the stale threshold. Save holds a zip of up to 1 MiB in memory, and one chunk
+// of a larger one. It leaves no goroutine behind. It is safe for concurrent use.
 func (s *Storage) Save(ctx context.Context, module, version string, mod []byte, zip io.Reader, zipMD5, info []byte) (err error) {
 	v := ModuleVersion{module, version}
 	ctx, c := s.begin(ctx, "Save", v)
@@ -156,8 +156,8 @@ func (g *saving) acquire(ctx context.Context) error {
 	}
 }
 
-// look lists the version. It returns errExists if it is complete, and errFinished if it
-// is since this save did the last step.
+// look lists the version. It returns errFinished if it has done the last step of another
+// save, and errExists if the version was complete already.
 func (g *saving) look(ctx context.Context) (seen snapshot, state State, err error) {
 	seen, state, finished, err := g.s.settle(ctx, g.v, nil)
 	switch {
